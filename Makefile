@@ -1,0 +1,66 @@
+# Everything is set up by the targets themselves; they need Python 3.11 or later and a network.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+.PHONY: demo test quick resilience lint live wheel bench clean help
+
+help:  ## What can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
+
+demo: $(VENV)/.cli  ## See the main job done, on a real vLLM that is installed and started here
+	@env -u VLLM_API_URL $(BIN)/vllm-unified demo
+
+test: lint  ## All tests, those on a real vLLM included; what CI runs
+	$(BIN)/vllm-unified engine install
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not live and not resilience"
+	$(BIN)/python -m pytest -m resilience --durations=10
+	$(BIN)/python -m pytest -m live --durations=10
+	@$(MAKE) --no-print-directory wheel
+
+quick: $(VENV)/.dev  ## All tests that need no vLLM, in seconds
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not live and not resilience"
+
+resilience: $(VENV)/.dev  ## Fleets of simulators under faults, an outage, and overload
+	$(BIN)/python -m pytest -m resilience
+
+live: $(VENV)/.dev  ## Only the tests on a real vLLM
+	$(BIN)/python -m pytest -m live
+
+lint: $(VENV)/.dev  ## Linter, formatter, types, and whether generated code is up to date
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python scripts/generate_blocking.py --check
+
+wheel: $(VENV)/.dev  ## Build wheel and sdist; install the wheel elsewhere, and use it
+	@rm -rf dist build
+	$(BIN)/python -m build --quiet
+	@$(PYTHON) -m venv build/wheel
+	@build/wheel/bin/python -m pip install -qq --disable-pip-version-check "$$(ls dist/*.whl)[cli]"
+	cd build && wheel/bin/vllm-unified --version
+
+bench: $(VENV)/.dev  ## Measure: the import, the pipeline, and the simulator (that needs wrk)
+	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/pipeline.py
+	benchmarks/simulator.sh
+
+clean:  ## Remove what was made here; engines and models stay in the user's cache
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or later is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -U "pip>=25.1"
+
+$(VENV)/.cli: pyproject.toml $(VENV)/bin/python
+	@echo "Installing vllm-unified into $(VENV) ..."
+	@$(PIP) -e '.[cli,speed]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/bin/python
+	@echo "Installing vllm-unified and its development tools into $(VENV) ..."
+	@$(PIP) -e '.[cli,docker,schema,simulator,speed]' --group dev
+	@touch $@ $(VENV)/.cli

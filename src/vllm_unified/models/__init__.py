@@ -1,0 +1,1 @@
+"""What servers serve: information, statistics, adapters, quantization."""

@@ -1,0 +1,1 @@
+"""LoRA adapters: compared, loaded, placed, kept."""

@@ -1,0 +1,172 @@
+"""The fixed-answer mode: the same bytes for every request, as fast as Python can send them.
+
+For benchmarks of clients and proxies, which want a server that is never the bottleneck. Requests
+are framed (head, Content-Length, body) but not parsed: a body with ``"stream":true`` gets the
+stream, every other POST and every GET the whole answer. Each chunk of a stream is a ``send`` of
+its own, never joined with the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from typing import Protocol, cast
+
+_HEAD = b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\n"
+_BODY = (
+    b'{"id":"cmpl-fixed","object":"text_completion","created":0,"model":"sim","choices":[{"index":0,'
+    b'"text":" Hello","message":{"role":"assistant","content":" Hello"},"logprobs":null,'
+    b'"finish_reason":"stop","stop_reason":null}],"usage":{"prompt_tokens":1,"total_tokens":2,'
+    b'"completion_tokens":1}}'
+)
+WHOLE = _HEAD + b"content-length: %d\r\ncontent-type: application/json\r\n\r\n%b" % (
+    len(_BODY),
+    _BODY,
+)
+"""The whole answer; it has the fields of both dialects."""
+CHUNKS = 100
+"""Chunks of text in the stream."""
+_BURST = 25
+"""Chunks that one connection may send in one turn of the event loop."""
+
+
+def _chunk(payload: bytes) -> bytes:
+    data = b"data: %b\n\n" % payload
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+_DELTA = (
+    b'{"id":"cmpl-fixed","object":"text_completion","created":0,"model":"sim","choices":[{"index":0,'
+    b'"text":" tick","delta":{"content":" tick"},"logprobs":null,"finish_reason":%b}]}'
+)
+STREAM = (
+    _HEAD
+    + b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+    + _chunk(_DELTA % b"null"),
+    *[_chunk(_DELTA % b"null")] * (CHUNKS - 2),
+    _chunk(_DELTA % b'"stop"'),
+    _chunk(b"[DONE]") + b"0\r\n\r\n",
+)
+"""The stream, a send each."""
+
+
+class Listener(Protocol):
+    """Told of connections: the simulator."""
+
+    def connected(self, connection: FixedConnection) -> None:
+        """A connection began."""
+
+    def disconnected(self, connection: FixedConnection) -> None:
+        """A connection ended."""
+
+
+class FixedConnection(asyncio.Protocol):
+    """One client socket of the fixed-answer mode.
+
+    It writes to the file descriptor itself, past the transport, whose buffer would join chunks and
+    costs more than the system call; what the socket does not take goes through the transport.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._descriptor = -1
+        self._buffer = b""
+        self._pending: int | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin: asyncio's callback."""
+        # uvloop's transports do not inherit from asyncio's.
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=0)
+        sock = transport.get_extra_info("socket")
+        self._descriptor = sock.fileno()
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._listener.connected(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End: asyncio's callback."""
+        self._transport = None
+        self._pending = None
+        self._listener.disconnected(self)
+
+    def resume_writing(self) -> None:
+        """The socket takes bytes again: asyncio's callback."""
+        if self._pending is not None:
+            self._stream(self._pending)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the client: asyncio's callback."""
+        if self._buffer:
+            data = self._buffer + data
+            self._buffer = b""
+        end = data.find(b"\r\n\r\n")
+        if end < 0 or len(data) < end + 4 + _content_length(data, end):
+            self._buffer = data
+        elif data.find(b'"stream":true', end) > 0 or data.find(b'"stream": true', end) > 0:
+            self._stream(0)
+        else:
+            self._send(WHOLE)
+
+    def close(self) -> None:
+        """Close after what is buffered was sent."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def reset(self) -> None:
+        """Close at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _stream(self, position: int) -> None:
+        """Send some chunks, each with a call of its own, then let other connections have a turn."""
+        self._pending = None
+        if self._transport is None or self._transport.is_closing():
+            return
+        end = min(position + _BURST, len(STREAM))
+        write, descriptor = os.write, self._descriptor
+        try:
+            while position < end:
+                data = STREAM[position]
+                position += 1
+                if (sent := write(descriptor, data)) < len(data):
+                    self._wait(data[sent:], position)
+                    return
+        except BlockingIOError:
+            self._wait(STREAM[position - 1], position)
+        except OSError:
+            self._transport.abort()
+        else:
+            if position < len(STREAM):
+                self._loop.call_soon(self._stream, position)
+
+    def _wait(self, rest: bytes, position: int) -> None:
+        """The socket is full: leave the rest to the transport and go on once it is through."""
+        self._pending = position
+        if self._transport is not None:
+            self._transport.write(rest)
+
+    def _send(self, data: bytes) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        try:
+            sent = os.write(self._descriptor, data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._transport.abort()
+            return
+        if sent < len(data):
+            self._transport.write(data[sent:])
+
+
+def _content_length(data: bytes, end: int) -> int:
+    start = data.find(b"ontent-", 0, end)
+    while start >= 0:
+        if data[start + 7 : start + 14].lower() == b"length:":
+            return int(data[start + 14 : data.find(b"\r\n", start)])
+        start = data.find(b"ontent-", start + 7, end)
+    return 0

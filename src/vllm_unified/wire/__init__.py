@@ -1,0 +1,1 @@
+"""What crosses HTTP: request bodies, typed answers, server-sent events, connections."""

@@ -1,0 +1,46 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from tests.support.scripted import ScriptedServer
+
+settings.register_profile("quick", max_examples=50, deadline=None)
+settings.load_profile("quick")
+
+# Shells start background jobs with SIGINT ignored, and programs that tests start would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+OUTSIDE = (
+    "VLLM_API_URL VLLM_MODEL VLLM_API_KEY VLLM_TIMEOUT VLLM_UNIFIED_CONFIG "
+    "HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "live" in request.path.parts:
+        return  # those install engines, perhaps through a proxy
+    for variable in OUTSIDE:
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    """A server without a script: it closes every connection after the request."""
+    with ScriptedServer() as server:
+        yield server
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full jitter, of which every pause is nothing."""
+    monkeypatch.setattr("vllm_unified.fleet.fleet.random", lambda: 0.0)
