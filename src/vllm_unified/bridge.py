@@ -12,14 +12,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from vllm_unified.errors import ClientClosedError, StreamEnding
-from vllm_unified.fleet.stream import GenerationStream
-from vllm_unified.results import GenerationResult, StreamChunk, Usage
+from vllm_unified.results import StreamChunk, Usage
 
 T = TypeVar("T")
-R = TypeVar("R", bound=GenerationResult)
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 _STOP_SECONDS = 5.0
 # A signal that comes just before a thread blocks is only noticed when it wakes.
@@ -87,6 +87,16 @@ class LoopThread:
             if outcome.cancel():
                 self._settle()
             raise
+
+    def submit(self, call: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
+        """Call on the loop; the outcome. Cancelling it cancels the call.
+
+        Raises:
+            ClientClosedError: as :meth:`run`.
+        """
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._submit(call, outcome)
+        return outcome
 
     def call(self, function: Callable[[], T]) -> T:
         """Call a function on the loop, and wait for it.
@@ -217,13 +227,30 @@ async def _other_tasks(*, cancel: bool = False) -> None:
         await asyncio.wait(cancelled, timeout=_STOP_SECONDS)
 
 
+class PulledStream(Protocol[R_co]):
+    """What a blocking stream reads from: a :class:`GenerationStream` and its like."""
+
+    @property
+    def ending(self) -> StreamEnding | None: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def usage(self) -> Usage | None: ...
+    @property
+    def result(self) -> R_co: ...
+    async def collect(self) -> R_co: ...
+    async def read_ready(self) -> list[StreamChunk]: ...
+    async def close(self) -> None: ...
+    async def __aenter__(self) -> object: ...
+
+
 class BlockingStream(Generic[R]):
     """A generation as it happens: an iterator of :class:`StreamChunk`, and a context manager.
 
     The blocking form of :class:`GenerationStream`; all that is said there holds here.
     """
 
-    def __init__(self, thread: LoopThread, stream: GenerationStream[R], owner: object) -> None:
+    def __init__(self, thread: LoopThread, stream: PulledStream[R], owner: object) -> None:
         """``owner`` ends the thread when it is collected, so it is held here."""
         self._thread = thread
         self._stream = stream

@@ -1,1 +1,28 @@
-"""What this machine has."""
+"""What this machine has, what fits on it, and any backend behind one call."""
+
+from vllm_unified.hardware.backend import Backend, Capabilities
+from vllm_unified.hardware.detect import Gpu, Hardware, detect
+from vllm_unified.hardware.inference import InferenceResult
+from vllm_unified.hardware.layer import HardwareAbstractionLayer
+from vllm_unified.hardware.member import BackendStatus
+from vllm_unified.hardware.request import InferenceRequest
+from vllm_unified.hardware.selection import Candidate, Selection
+from vllm_unified.hardware.statistics import BackendStatistics, LayerStatistics
+from vllm_unified.hardware.stream import InferenceStream
+
+__all__ = [
+    "Backend",
+    "BackendStatistics",
+    "BackendStatus",
+    "Candidate",
+    "Capabilities",
+    "Gpu",
+    "Hardware",
+    "HardwareAbstractionLayer",
+    "InferenceRequest",
+    "InferenceResult",
+    "InferenceStream",
+    "LayerStatistics",
+    "Selection",
+    "detect",
+]
