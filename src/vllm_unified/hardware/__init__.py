@@ -1,10 +1,13 @@
 """What this machine has, what fits on it, and any backend behind one call."""
 
 from vllm_unified.hardware.backend import Backend, Capabilities
-from vllm_unified.hardware.detect import Gpu, Hardware, detect
+from vllm_unified.hardware.blocking import BlockingHardwareAbstractionLayer
+from vllm_unified.hardware.detect import Hardware, detect
+from vllm_unified.hardware.gpus import Gpu
 from vllm_unified.hardware.inference import InferenceResult
 from vllm_unified.hardware.layer import HardwareAbstractionLayer
 from vllm_unified.hardware.member import BackendStatus
+from vllm_unified.hardware.processors import NumaNode
 from vllm_unified.hardware.request import InferenceRequest
 from vllm_unified.hardware.selection import Candidate, Selection
 from vllm_unified.hardware.statistics import BackendStatistics, LayerStatistics
@@ -14,6 +17,7 @@ __all__ = [
     "Backend",
     "BackendStatistics",
     "BackendStatus",
+    "BlockingHardwareAbstractionLayer",
     "Candidate",
     "Capabilities",
     "Gpu",
@@ -23,6 +27,7 @@ __all__ = [
     "InferenceResult",
     "InferenceStream",
     "LayerStatistics",
+    "NumaNode",
     "Selection",
     "detect",
 ]

@@ -94,7 +94,7 @@ class ClientBackend:
         return self._client.stream_generation(self._where, _generation_fields(request))
 
     async def health(self) -> bool:
-        """Have each of its servers generate a token; those that do are let in by the client, too."""
+        """Have its servers generate a token; those that do are let in by the client, too."""
         looks = (
             self._client.check_endpoint(endpoint, timeout=_PROBE_SECONDS)
             for endpoint in self._client._route(self._where).endpoints
