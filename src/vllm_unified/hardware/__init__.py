@@ -1,5 +1,6 @@
 """What this machine has, what fits on it, and any backend behind one call."""
 
+from vllm_unified.hardware.arithmetic import Plan
 from vllm_unified.hardware.backend import Backend, Capabilities
 from vllm_unified.hardware.blocking import BlockingHardwareAbstractionLayer
 from vllm_unified.hardware.detect import Hardware, detect
@@ -7,6 +8,7 @@ from vllm_unified.hardware.gpus import Gpu
 from vllm_unified.hardware.inference import InferenceResult
 from vllm_unified.hardware.layer import HardwareAbstractionLayer
 from vllm_unified.hardware.member import BackendStatus
+from vllm_unified.hardware.planning import plan
 from vllm_unified.hardware.processors import NumaNode
 from vllm_unified.hardware.request import InferenceRequest
 from vllm_unified.hardware.selection import Candidate, Selection
@@ -28,6 +30,8 @@ __all__ = [
     "InferenceStream",
     "LayerStatistics",
     "NumaNode",
+    "Plan",
     "Selection",
     "detect",
+    "plan",
 ]
