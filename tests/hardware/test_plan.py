@@ -73,7 +73,7 @@ CASES = [
     (configs.LLAMA_8B, 1, (True, 1, None)),
     (configs.LLAMA_8B, 2, (True, 1, None)),
     (configs.LLAMA_8B, 8, (True, 1, None)),
-    (configs.LLAMA_70B, 1, (False, 1, None)),
+    (configs.LLAMA_70B, 1, (False, 1, "fp8")),
     (configs.LLAMA_70B, 2, (True, 2, "fp8")),
     (configs.LLAMA_70B, 8, (True, 4, None)),
     (configs.MIXTRAL, 1, (True, 1, "fp8")),

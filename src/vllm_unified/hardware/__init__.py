@@ -7,6 +7,7 @@ from vllm_unified.hardware.detect import Hardware, detect
 from vllm_unified.hardware.gpus import Gpu
 from vllm_unified.hardware.inference import InferenceResult
 from vllm_unified.hardware.layer import HardwareAbstractionLayer
+from vllm_unified.hardware.local_vllm import LocalVllm
 from vllm_unified.hardware.member import BackendStatus
 from vllm_unified.hardware.planning import plan
 from vllm_unified.hardware.processors import NumaNode
@@ -29,6 +30,7 @@ __all__ = [
     "InferenceResult",
     "InferenceStream",
     "LayerStatistics",
+    "LocalVllm",
     "NumaNode",
     "Plan",
     "Selection",
