@@ -1,6 +1,6 @@
 """What a test has a model do in a process that has torch; it prints JSON.
 
-``PYTHONPATH=src ENGINE_PYTHON -m tests.live.in_process SCENARIO``. The engine's environment has torch
+``PYTHONPATH=src PYTHON -m tests.live.in_process SCENARIO``. An engine's environment has torch
 and transformers, as that of ``pip install 'vllm-unified[local]'`` has; the tests' own has not.
 """
 
@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from vllm_unified import ContextLengthError, UnsupportedError, VllmError
-from vllm_unified.hardware import HardwareAbstractionLayer
+from vllm_unified import AsyncVllmUnified, ContextLengthError, UnsupportedError, VllmError
+from vllm_unified.hardware import HardwareAbstractionLayer, LocalVllm, plan
 from vllm_unified.hardware.transformers import TransformersBackend
+from vllm_unified.servers import ServerSpec
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Germany": "Berlin"}
+GUIDE = {"input": "Hello, world!", "max_tokens": 4, "temperature": 0}
 GREEDY = {"temperature": 0, "max_tokens": 30}
 
 
@@ -34,7 +41,7 @@ async def error_of(call: Any) -> str:
 
 async def answers() -> dict[str, Any]:
     """Chats, completions, streams, batches and cancellation, through the layer."""
-    async with TransformersBackend() as backend, HardwareAbstractionLayer() as hal:
+    async with TransformersBackend(threads=1) as backend, HardwareAbstractionLayer() as hal:
         for task in ("llm", "chat", "embedding"):
             hal.register_backend(task, backend)
         before = await backend.capabilities()
@@ -89,7 +96,90 @@ async def answers() -> dict[str, Any]:
         }
 
 
-SCENARIOS = {"answers": answers}
+async def failover() -> dict[str, Any]:
+    """The guide's section with every kind of backend, what a real server says of its memory, and
+    100 requests in whose middle the server is killed."""
+    folder = str(Path(__file__).parent)
+    spec = ServerSpec(
+        dev_mode=True,
+        env={"PYTHONPATH": folder},
+        extra_args=("--worker-extension-cls", "worker_extension.WeightsReport"),
+    )
+    found: dict[str, Any] = {}
+    async with (
+        LocalVllm(spec=spec) as local,
+        TransformersBackend(threads=1, max_batch_size=16) as backend,
+        HardwareAbstractionLayer() as hal,
+    ):
+        hal.register_backend("llm", local, priority=1)
+        hal.register_backend("llm", backend)
+        found["first"] = (await hal.run_inference("llm", GUIDE)).backend
+        assert local.server is not None
+        found["guide"] = await guide(local.server.url, backend)
+        found["plan"] = await planned(local.server.url)
+
+        done: Counter[str] = Counter()
+        room = asyncio.Semaphore(16)
+
+        async def ask(number: int) -> None:
+            async with room:
+                result = await hal.run_inference("llm", {**GUIDE, "input": f"{number} + 1 ="})
+            assert result.text
+            done[result.backend] += 1
+            if done.total() == 30 and local.server is not None:
+                found["killed_after"] = dict(done)
+                os.kill(local.server.pid, signal.SIGKILL)
+
+        await asyncio.gather(*(ask(number) for number in range(100)))
+        found["answered"] = dict(done)
+        killed = time.monotonic()
+        meanwhile = 0
+        while (await hal.run_inference("llm", GUIDE)).backend != "local-vllm":
+            meanwhile += 1
+            assert time.monotonic() < killed + 400, "it did not take over again"
+        found["meanwhile"] = meanwhile
+        found["back_after_seconds"] = time.monotonic() - killed
+        again = await asyncio.gather(*(hal.run_inference("llm", GUIDE) for _ in range(10)))
+        found["again"] = sorted({result.backend for result in again})
+        figures = hal.statistics()
+        found["statistics"] = [figures.success, figures.errors, figures.failovers]
+        found["starts"] = local.starts
+    return found
+
+
+async def guide(url: str, local: TransformersBackend) -> dict[str, str]:
+    """The guide's call, with each backend alone."""
+    async with AsyncVllmUnified(api_url=url) as vllm:
+        fleet = vllm.create_load_balancer([url, url])
+        texts = {}
+        for name, backend in {"client": vllm, "fleet": fleet, "transformers": local}.items():
+            async with HardwareAbstractionLayer() as hal:
+                hal.register_backend("llm", backend)
+                request = {"input": "Hello, world!", "model": "SmolLM2-135M-Instruct"}
+                texts[name] = (await hal.run_inference("llm", request)).text
+    return texts
+
+
+async def planned(url: str) -> dict[str, list[int]]:
+    """What was planned, and what the server has: tokens of KV cache, bytes of weights."""
+    found = plan("bundled", kv_cache_gib=1.0)
+    async with AsyncVllmUnified(api_url=url) as vllm:
+        info = await vllm.get_model_info(timeout=60)
+    asked = await asyncio.to_thread(_post, f"{url}/collective_rpc", {"method": "parameter_bytes"})
+    return {
+        "kv_cache_tokens": [found.kv_cache_tokens, info.kv_cache_tokens or 0],
+        "weights_bytes": [found.weights_bytes, *map(int, asked["results"])],
+    }
+
+
+def _post(url: str, body: object) -> Any:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+SCENARIOS = {"answers": answers, "failover": failover}
 
 if __name__ == "__main__":
     sys.stdout.write(json.dumps(asyncio.run(SCENARIOS[sys.argv[1]]())) + "\n")

@@ -54,6 +54,7 @@ class TransformersBackend:
         served_model_name: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        threads: int | None = None,
         max_model_len: int | None = None,
         max_batch_size: int = 8,
         timeout: float = 600.0,
@@ -63,7 +64,9 @@ class TransformersBackend:
             model: A folder, a repository's id, or ``"bundled"``.
             served_model_name: Its name in requests; ``None``: ``model`` as it stands.
             device: torch's name of a device; ``None``: the fastest that torch has here.
-            dtype: torch's name of a type; ``None``: the checkpoint's.
+            dtype: torch's name of a type; ``None``: the checkpoint's, but ``float32`` on a CPU.
+            threads: Of torch, on a CPU, for the whole process. Where other programs keep the
+                processors busy, as many as are free are faster than all (``None``).
             max_model_len: Tokens of prompt and answer; ``None``: as many as the model can.
             max_batch_size: Answers that are generated at a time.
             timeout: Seconds for a request, waiting included.
@@ -74,6 +77,7 @@ class TransformersBackend:
         self.served = served_model_name or _served_name(model)
         self._device = device
         self._dtype = dtype
+        self._threads = threads
         self.context = max_model_len
         self.timeout = timeout
         self._line = Line(max_batch_size)
@@ -87,7 +91,7 @@ class TransformersBackend:
 
     async def capabilities(self) -> Capabilities:
         """What it serves; nothing is loaded for that."""
-        missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+        missing = _missing()
         if missing:
             return Capabilities(
                 unavailable=f"{' and '.join(missing)} is not installed: "
@@ -163,7 +167,12 @@ class TransformersBackend:
     def _serve(self, loop: asyncio.AbstractEventLoop, loaded: asyncio.Future[Model]) -> None:
         """The model's thread."""
         try:
-            model = Model(_source_of(self._source), device=self._device, dtype=self._dtype)
+            model = Model(
+                _source_of(self._source),
+                device=self._device,
+                dtype=self._dtype,
+                threads=self._threads,
+            )
         except Exception as error:  # noqa: BLE001 - of a foreign library it may be any
             loop.call_soon_threadsafe(self._not_loaded, loaded, error)
             return
@@ -218,6 +227,11 @@ class TransformersBackend:
     def __repr__(self) -> str:
         state = f"on {self._model.device}" if self._model is not None else "not loaded"
         return f"<TransformersBackend of {self._source}, {state}>"
+
+
+def _missing() -> list[str]:
+    """What would have to be installed."""
+    return [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 
 
 def _source_of(model: str) -> str:

@@ -15,13 +15,16 @@ from vllm_unified.hardware.transformers.sampling import Sampling
 class Model:
     """A causal language model with its tokenizer. One thread generates; any may encode."""
 
-    def __init__(self, source: str, *, device: str | None, dtype: str | None) -> None:
+    def __init__(
+        self, source: str, *, device: str | None, dtype: str | None, threads: int | None
+    ) -> None:
         """Load it; this takes seconds or minutes.
 
         Args:
             source: A folder, or a repository's id.
             device: torch's name; ``None``: the fastest that torch has here.
-            dtype: torch's name; ``None``: 16 bits, of the checkpoint's kind.
+            dtype: torch's name; ``None``: the checkpoint's, but ``float32`` on a CPU.
+            threads: Of torch, on a CPU; ``None``: torch's own choice.
 
         Raises:
             OSError, ValueError, RuntimeError: in transformers' words.
@@ -33,8 +36,12 @@ class Model:
             source, local_files_only=local
         )
         self.device = device or _fastest(self._torch)
+        if threads is not None:
+            self._torch.set_num_threads(threads)
+        # Measured on a CPU with AVX-512 BF16: float32 is twice as fast as bfloat16 here.
+        usual = "float32" if self.device == "cpu" else "auto"
         self._model = self._transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", local_files_only=local
+            source, dtype=dtype or usual, local_files_only=local
         )
         self._model.to(self.device).eval()
         config = self._model.generation_config
