@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 .PHONY: demo test quick resilience lint live wheel bench clean help
 
 help:  ## What can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
 
 demo: $(VENV)/.cli  ## See the main job done, on a real vLLM that is installed and started here
 	@env -u VLLM_API_URL $(BIN)/vllm-unified demo
@@ -27,6 +27,11 @@ resilience: $(VENV)/.dev  ## Fleets of simulators under faults, an outage, and o
 
 live: $(VENV)/.dev  ## Only the tests on a real vLLM
 	$(BIN)/python -m pytest -m live
+
+test-families: $(VENV)/.dev  ## Tiny models of ten families, each on a real vLLM: ten minutes, not in CI
+	$(BIN)/vllm-unified engine install
+	$(BIN)/python -m pytest -v tests/families/families.py
+	@cat build/families.md
 
 lint: $(VENV)/.dev  ## Linter, formatter, types, and whether generated code is up to date
 	$(BIN)/ruff check

@@ -48,7 +48,6 @@ async def answers() -> dict[str, Any]:
         chats = await asyncio.gather(
             *(hal.run_inference("chat", asking(country), **GREEDY) for country in CAPITALS)
         )
-        alone = await hal.run_inference("chat", asking("Italy"), **GREEDY)
         plain = await hal.run_inference("llm", {"input": "Once upon a time"}, temperature=0)
         stream = hal.stream_inference("chat", asking("France"), **GREEDY)
         pieces = [text async for text in stream.texts()]
@@ -74,7 +73,6 @@ async def answers() -> dict[str, Any]:
         return {
             "before": [before.models, before.device, before.unavailable],
             "chats": [chat.text for chat in chats],
-            "alone": alone.text,
             "finish": chats[0].output.finish_reason,
             "plain": [plain.text, plain.output.finish_reason, plain.output.usage.completion_tokens],
             "stream": [stream.text, pieces, stream.result.output.finish_reason],
@@ -165,7 +163,9 @@ async def planned(url: str) -> dict[str, list[int]]:
     found = plan("bundled", kv_cache_gib=1.0)
     async with AsyncVllmUnified(api_url=url) as vllm:
         info = await vllm.get_model_info(timeout=60)
-    asked = await asyncio.to_thread(_post, f"{url}/collective_rpc", {"method": "parameter_bytes"})
+    asked = await asyncio.to_thread(
+        _post, f"{url}/collective_rpc", {"method": "loaded_weight_bytes"}
+    )
     return {
         "kv_cache_tokens": [found.kv_cache_tokens, info.kv_cache_tokens or 0],
         "weights_bytes": [found.weights_bytes, *map(int, asked["results"])],

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -101,7 +102,7 @@ class TransformersBackend:
         if self._model is not None:
             context = context or self._model.context
             return Capabilities(models={self.served: context}, device=self._platform())
-        folder = model_folder(self._source, os.environ)
+        folder = _folder_of(self._source)
         if context is None and folder is not None:
             context = model_config(folder).get("max_position_embeddings")
         gpu = next(iter((await asyncio.to_thread(detect)).gpus), None)
@@ -247,6 +248,16 @@ def _source_of(model: str) -> str:
             hint="`vllm-unified engine install`, or give the folder of another model.",
         )
     return str(ensure_bundled_model(engine))
+
+
+def _folder_of(model: str) -> Path | None:
+    """Where the model is, if it is on this machine already."""
+    if model != _BUNDLED:
+        return model_folder(model, os.environ)
+    from vllm_unified.servers import BUNDLED_NAME
+    from vllm_unified.servers.cache import models_dir
+
+    return models_dir() / BUNDLED_NAME
 
 
 def _served_name(model: str) -> str:

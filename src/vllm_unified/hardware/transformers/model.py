@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ class Model:
             self._torch.set_num_threads(threads)
         # Measured on a CPU with AVX-512 BF16: float32 is twice as fast as bfloat16 here.
         usual = "float32" if self.device == "cpu" else "auto"
-        self._model = self._transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or usual, local_files_only=local
-        )
+        with _no_progress_bars(self._transformers):
+            self._model = self._transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or usual, local_files_only=local
+            )
         self._model.to(self.device).eval()
         config = self._model.generation_config
         ends = config.eos_token_id if config.eos_token_id is not None else []
@@ -140,6 +142,19 @@ class Model:
             return scores
 
         return hold
+
+
+@contextmanager
+def _no_progress_bars(transformers: Any) -> Iterator[None]:
+    """A library writes nothing to its program's terminal."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _fastest(torch: Any) -> str:
