@@ -98,14 +98,13 @@ def test_large_models_on_gpus_of_80_gb(
 def row(found: Plan, gpus: int) -> str:
     """A line of the document's table."""
     if not found.fits:
-        return (
-            f"| {found.model} | {gpus} | no | | {found.reason.removeprefix('it does not fit: ')} |"
-        )
+        reason = found.reason.removeprefix("it does not fit: ")
+        return f"| {found.model} | {gpus} | no: {reason} | | | |"
     how = f"`--tensor-parallel-size {found.tensor_parallel_size}`"
     how += f" `--quantization {found.quantization}`" if found.quantization else ""
     weights = f"{found.weights_bytes_per_device / GIB:.1f} GiB"
-    cache = f"{found.kv_cache_tokens:,} tokens, {found.concurrency:.1f} requests"
-    return f"| {found.model} | {gpus} | {how} | {weights} | {cache} of {found.max_model_len:,} |"
+    cache = f"{found.kv_cache_tokens:,} tokens, {found.concurrency:.1f} x {found.max_model_len:,}"
+    return f"| {found.model} | {gpus} | {how} | {weights} | {cache} | {found.replicas} |"
 
 
 def test_the_document_has_these_figures() -> None:

@@ -1,120 +1,35 @@
-"""Whether a model fits on a machine, and how: the arithmetic, and the flags that follow. Pure."""
+"""Whether a model fits on a machine, and how: the arithmetic. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from vllm_unified.hardware.detect import Hardware
 from vllm_unified.hardware.gpus import Gpu
+from vllm_unified.hardware.plans import GIB, GPU_SHARE, Plan
 from vllm_unified.hardware.shape import ModelShape
 
-if TYPE_CHECKING:
-    from vllm_unified.servers import ServerSpec
-
-GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "float": 4}
 _BITS = {"fp8": 8, "w8a8": 8, "int8": 8, "awq": 4, "gptq": 4, "w4a16": 4}
 # A group of 4-bit weights has a scale and a zero point of its own.
 _GROUP_OVERHEAD = {4: 0.25, 8: 0.02}
 
 # vLLM's own defaults (config/cache.py, engine/arg_utils.py of 0.32).
-_GPU_SHARE = 0.92
 _GPU_BLOCK, _CPU_BLOCK = 16, 128
 _LARGE_GPU = 70 * GIB
 # Estimates: CUDA context and kernels; graphs; NCCL. The real server measures them when it starts.
 _GPU_FIXED = 1.5
-_GPU_SHARED = 0.5
+GPU_SHARED = 0.5
 # Measured: three processes of the CPU engine, without weights and KV cache.
 _CPU_FIXED = 2.3
 _SHORTEST_CONTEXT = 4096
 _CPU_CONTEXT = 8192
 _FULL_REQUESTS = 4
 _FP8_CAPABILITY = (8, 9)
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """How a model runs on a machine, or why it does not."""
-
-    model: str
-    fits: bool
-    reason: str
-    """In one sentence."""
-    device: str
-    """``cuda``, ``rocm``, ``xpu`` or ``cpu``."""
-    dtype: str
-    quantization: str | None
-    """What vLLM has to be told; ``None`` for a checkpoint as it is."""
-    max_model_len: int
-    """Tokens of prompt and answer."""
-    tensor_parallel_size: int
-    gpu_memory_utilization: float | None
-    kv_cache_gib: float | None
-    """On a CPU."""
-    parameters: int
-    weights_bytes: int
-    """Of all devices together."""
-    weights_bytes_per_device: int
-    kv_bytes_per_token: int
-    """On one device."""
-    kv_cache_bytes: int
-    """On one device."""
-    kv_cache_tokens: int
-    """That fit in the KV cache."""
-    replicas: int
-    """How many such servers the machine has devices for."""
-    steps: tuple[str, ...]
-    """The arithmetic, line by line."""
-    notes: tuple[str, ...] = ()
-    """What is worth knowing besides."""
-
-    @property
-    def concurrency(self) -> float:
-        """Requests of full length that fit at once."""
-        return self.kv_cache_tokens / self.max_model_len if self.max_model_len else 0.0
-
-    @property
-    def command(self) -> str:
-        """What serves it so."""
-        flags = [f"--dtype {self.dtype}", f"--max-model-len {self.max_model_len}"]
-        if self.quantization:
-            flags.append(f"--quantization {self.quantization}")
-        if self.tensor_parallel_size > 1:
-            flags.append(f"--tensor-parallel-size {self.tensor_parallel_size}")
-        passed = []
-        if self.gpu_memory_utilization not in (None, _GPU_SHARE):
-            passed.append(f"--gpu-memory-utilization {self.gpu_memory_utilization}")
-        if self.kv_cache_gib is not None:
-            passed.append(f"--kv-cache-memory-bytes {int(self.kv_cache_gib * GIB)}")
-        rest = f" -- {' '.join(passed)}" if passed else ""
-        return f"vllm-unified serve {self.model} {' '.join(flags)}{rest}"
-
-    def spec(self, **more: Any) -> ServerSpec:
-        """The server; ``more`` are further fields of it, which win."""
-        from vllm_unified.servers import ServerSpec
-
-        fields: dict[str, Any] = {
-            "model": self.model,
-            "dtype": self.dtype,
-            "quantization": self.quantization,
-            "max_model_len": self.max_model_len,
-            "kv_cache_gib": self.kv_cache_gib,
-        }
-        if self.tensor_parallel_size > 1:
-            fields["tensor_parallel_size"] = self.tensor_parallel_size
-        if self.gpu_memory_utilization not in (None, _GPU_SHARE):
-            fields["gpu_memory_utilization"] = self.gpu_memory_utilization
-        return ServerSpec(**{**fields, **more})
-
-    def __str__(self) -> str:
-        lines = [f"{self.model}: {self.reason}", *(f"  {step}" for step in self.steps)]
-        lines += [f"  note: {note}" for note in self.notes]
-        if self.fits:
-            lines.append(f"  {self.command}")
-        return "\n".join(lines)
 
 
 class _Try(msgspec.Struct, kw_only=True):
@@ -209,7 +124,7 @@ def _gpu_try(
     quantization: str | None,
     max_model_len: int | None,
 ) -> _Try:
-    share = _GPU_SHARE
+    share = GPU_SHARE
     if gpu.memory_free < share * gpu.memory_total:
         share = math.floor(100 * gpu.memory_free / gpu.memory_total) / 100
     budget = int(share * gpu.memory_total)
@@ -223,9 +138,9 @@ def _gpu_try(
     width = 4 * shape.hidden + 3 * shape.widest // parts
     active = 2 * tokens * width
     logits = 2 * 4 * sequences * shape.vocabulary
-    fixed = int(_GPU_FIXED * GIB) + (int(_GPU_SHARED * GIB) if parts > 1 else 0) + active + logits
+    fixed = int(_GPU_FIXED * GIB) + (int(GPU_SHARED * GIB) if parts > 1 else 0) + active + logits
     steps.append(
-        f"besides (estimated): {_GPU_FIXED + (_GPU_SHARED if parts > 1 else 0):g} GiB for CUDA"
+        f"besides (estimated): {_GPU_FIXED + (GPU_SHARED if parts > 1 else 0):g} GiB for CUDA"
         f" + {tokens} tokens x {width} x 2 bytes for activations"
         f" + {sequences} x {shape.vocabulary:,} x 8 bytes for logits = {_gib(fixed)}"
     )
@@ -370,7 +285,9 @@ def _missing(closest: _Try, gpus: list[Gpu]) -> str:
     usable = closest.budget - closest.fixed
     enough = math.ceil(total / usable) if usable > 0 else 0
     more = f"; about {enough} such GPUs hold it" if enough > closest.parts else ""
-    return f"it does not fit: each GPU needs {_gib(needed)}, and has {_gib(closest.budget)}{more}"
+    even = f" even with {closest.quantization}" if closest.quantization else ""
+    has = f"and has {_gib(closest.budget)}{more}"
+    return f"it does not fit: each GPU needs {_gib(needed)}{even}, {has}"
 
 
 def _plan(

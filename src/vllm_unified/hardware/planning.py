@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_unified.errors import ConfigurationError
-from vllm_unified.hardware.arithmetic import Plan, make_plan
+from vllm_unified.hardware.arithmetic import make_plan
 from vllm_unified.hardware.detect import Hardware, detect
+from vllm_unified.hardware.plans import Plan
 from vllm_unified.hardware.shape import model_shape
 from vllm_unified.models.weights import model_config, model_folder
 
