@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -153,3 +154,17 @@ def test_without_await(vllm_simulator: BackgroundSimulator) -> None:
         hal.unregister_backend(vllm)
         hal.register_backend("llm", lambda request: request["input"])
         assert hal.run_inference("llm", "Hello").text == "Hello"
+
+
+def names(kind: type) -> set[str]:
+    return {name for name in dir(kind) if not name.startswith("_")}
+
+
+def test_both_layers_have_the_same_methods() -> None:
+    one, other = HardwareAbstractionLayer, BlockingHardwareAbstractionLayer
+    assert names(one) == names(other)
+    for name in names(one) - {"close"}:
+        expected = inspect.signature(getattr(one, name)).parameters
+        assert expected == inspect.signature(getattr(other, name)).parameters
+        assert inspect.getdoc(getattr(one, name)) == inspect.getdoc(getattr(other, name))
+        assert not inspect.iscoroutinefunction(getattr(other, name))

@@ -87,6 +87,10 @@ class TestRegistration:
         with pytest.raises(ConfigurationError, match="is no backend"):
             hal.register_backend("llm", value)
 
+    async def test_a_class_is_none_either(self, hal: HardwareAbstractionLayer) -> None:
+        with pytest.raises(ConfigurationError, match="Scripted is a class"):
+            hal.register_backend("llm", Scripted)
+
     async def test_unregistered(self, hal: HardwareAbstractionLayer) -> None:
         backend = Scripted("a")
         hal.register_backend("llm", backend)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.hardware import configs
 from vllm_unified.errors import ConfigurationError
-from vllm_unified.hardware import Gpu, Hardware, Plan, plan
+from vllm_unified.hardware import Gpu, Hardware, NumaNode, Plan, plan
 from vllm_unified.hardware.shape import model_shape
 
 GIB = 2**30
@@ -183,12 +183,12 @@ class TestOnTheCpu:
         assert not found.fits
         assert "does not run on Darwin" in found.reason
 
-    def test_numa_nodes_share_a_layer(self) -> None:
-        from vllm_unified.hardware import NumaNode
-
-        nodes = tuple(NumaNode(id=n, cpus=(n,), memory_total=GIB) for n in range(2))
+    def test_a_server_has_the_memory_of_one_numa_node(self) -> None:
+        nodes = tuple(NumaNode(id=n, cpus=(n,), memory_total=30 * GIB) for n in range(2))
         found = plan(configs.LLAMA_8B, machine(numa_nodes=nodes))
-        assert found.tensor_parallel_size == 2
+        assert found.tensor_parallel_size == 1
+        assert found.weights_bytes + found.kv_cache_bytes < 30 * GIB
+        assert any("--tensor-parallel-size 2" in note for note in found.notes)
 
 
 def test_a_folder(tmp_path: Path) -> None:

@@ -170,10 +170,13 @@ def _cpu_try(
     max_model_len: int | None,
     kv_cache_gib: float | None,
 ) -> _Try:
-    nodes = len(hardware.numa_nodes) or 1
-    parts = nodes if shape.heads % nodes == 0 else 1
-    budget = hardware.memory_available
+    parts, budget = 1, hardware.memory_available
     steps = [f"memory that is free: {_gib(budget)}"]
+    if len(hardware.numa_nodes) > 1:
+        node = min(node.memory_total for node in hardware.numa_nodes)
+        if 0 < node < budget:
+            budget = node
+            steps.append(f"memory of one of {len(hardware.numa_nodes)} NUMA nodes: {_gib(node)}")
     weights, per_device, bits = _weights(shape, parts, dtype, quantization, steps)
     fixed = int(_CPU_FIXED * GIB)
     steps.append(f"besides (measured): {_CPU_FIXED} GiB for vLLM's processes")
@@ -339,6 +342,12 @@ def _notes(
         yield "vLLM makes FP8 of the weights when it loads them; the checkpoint stays as it is"
     if chosen.quantization in ("awq", "gptq"):
         yield f"it needs a checkpoint in {chosen.quantization}; `vllm-unified quantize` makes AWQ"
+    nodes = len(hardware.numa_nodes)
+    if device == "cpu" and nodes > 1:
+        yield (
+            f"one server uses one of {nodes} NUMA nodes; --tensor-parallel-size {nodes} uses all "
+            "of them, if the model's heads can be shared so"
+        )
     if device == "cpu" and not {"avx512f", "asimd"} & hardware.cpu_flags:
         yield "the CPU has neither AVX-512 nor Arm's SIMD: vLLM will be slow, if it starts"
 

@@ -32,6 +32,8 @@ def as_backend(value: Any) -> Backend:
         ConfigurationError: it is none of these.
     """
     match value:
+        case type():
+            raise ConfigurationError(f"{value.__name__} is a class: register one that was made")
         case AsyncVllmUnified():
             return ClientBackend(value, None)
         case LoadBalancer():

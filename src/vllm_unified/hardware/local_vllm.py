@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import msgspec
+
 from vllm_unified.client import AsyncVllmUnified
 from vllm_unified.errors import ClientClosedError, ConfigurationError, ServerError, VllmError
 from vllm_unified.fleet.stream import GenerationStream
@@ -107,7 +109,7 @@ class LocalVllm:
         from vllm_unified.servers import ServerSpec
 
         try:
-            found = plan(self._model, self._hardware or detect())
+            found = plan(self._model, _machine(self._hardware))
         except ConfigurationError:
             # A repository that is not here yet: vLLM itself will fetch it, and say what is wrong.
             return ServerSpec(model=self._model)
@@ -321,6 +323,17 @@ class _LocalStream:
             await self._use.end()
 
 
-def _device(hardware: Hardware | None) -> str:
-    gpus = (hardware or detect()).nvidia_gpus
-    return "cuda" if gpus else "cpu"
+def _machine(given: Hardware | None) -> Hardware:
+    """What the engine that will run can use of the machine."""
+    if given is not None:
+        return given
+    from vllm_unified.servers import find_engine
+
+    found = detect()
+    engine = find_engine()
+    gpus = () if engine is not None and engine.kind == "cpu" else found.nvidia_gpus
+    return msgspec.structs.replace(found, gpus=gpus)
+
+
+def _device(given: Hardware | None) -> str:
+    return next((gpu.platform for gpu in _machine(given).gpus), "cpu")

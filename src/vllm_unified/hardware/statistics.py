@@ -10,7 +10,8 @@ from vllm_unified.endpoints.histogram import Distribution, Histogram
 
 
 class BackendStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers of one backend. A request counts at each backend that it was tried at."""
+    """The numbers of one backend. A request counts at each backend that it was tried at; a batch that
+    a backend takes at once counts as one."""
 
     requests: int
     """That ended: ``success`` + ``errors`` + ``cancelled``."""
