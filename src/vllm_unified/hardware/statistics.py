@@ -10,8 +10,10 @@ from vllm_unified.endpoints.histogram import Distribution, Histogram
 
 
 class BackendStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers of one backend. A request counts at each backend that it was tried at; a batch that
-    a backend takes at once counts as one."""
+    """The numbers of one backend.
+
+    A request counts at each backend that it was tried at; a batch that one takes at once is one.
+    """
 
     requests: int
     """That ended: ``success`` + ``errors`` + ``cancelled``."""
