@@ -23,6 +23,18 @@ OUTSIDE = (
 ).split()
 
 
+# A supervisor with a fake engine; a program in a terminal of its own.
+STARTS_PROGRAMS = {"fakes", "terminal"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts other programs: it takes seconds where other tests take milliseconds."""
+    for item in items:
+        if not STARTS_PROGRAMS.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("processes")
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
