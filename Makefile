@@ -19,7 +19,7 @@ test: lint  ## All tests, those on a real vLLM included; what CI runs
 	$(BIN)/vllm-unified engine install
 	$(BIN)/python -m pytest $(PATIENT) -q -n 3 --dist worksteal -m "not live and not resilience"
 	$(BIN)/python -m pytest $(PATIENT) -m resilience --durations=10
-	$(BIN)/python -m pytest $(PATIENT) -m live --durations=10
+	$(BIN)/python -m pytest $(PATIENT) -n 2 --dist loadgroup -m live --durations=20
 	@$(MAKE) --no-print-directory wheel
 
 quick: $(VENV)/.dev  ## All tests that need no vLLM and start no programs, in seconds
@@ -32,7 +32,7 @@ resilience: $(VENV)/.dev  ## Fleets of simulators under faults, an outage, and o
 	$(BIN)/python -m pytest -m resilience
 
 live: $(VENV)/.dev  ## Only the tests on a real vLLM
-	$(BIN)/python -m pytest -m live
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m live
 
 lint: $(VENV)/.dev  ## Linter, formatter, types, and whether generated code is up to date
 	$(BIN)/ruff check

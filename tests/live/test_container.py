@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from tests.support.containers import Podman, podman
+from tests.support.vllm import OWN_SERVERS
 from vllm_unified.errors import (
     ContainerConflictError,
     ContainerEngineError,
@@ -18,7 +19,7 @@ from vllm_unified.errors import (
 )
 from vllm_unified.servers import ContainerServer, ContainerSpec, ServerSpec, find_engine
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(900), OWN_SERVERS]
 
 KEY = "sk-container"
 QUESTION = "What is the capital of France?"
