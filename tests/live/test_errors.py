@@ -40,7 +40,7 @@ from vllm_unified import (
 from vllm_unified.servers import LocalServer, ServerSpec
 from vllm_unified.servers.guard import session_members
 from vllm_unified.settings import Settings
-from vllm_unified.wire.http import AiohttpTransport
+from vllm_unified.wire.http import HttpTransport
 from vllm_unified.wire.transport import Response
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
@@ -139,7 +139,7 @@ async def test_a_path_that_this_server_has_not(vllm: AsyncVllmUnified, url: str)
 # Servers that are full.
 
 
-class Statuses(AiohttpTransport):
+class Statuses(HttpTransport):
     """The transport, with a list of the statuses that came."""
 
     def __init__(self) -> None:

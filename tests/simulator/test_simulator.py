@@ -222,7 +222,7 @@ def test_importing_the_library_loads_no_simulator() -> None:
     assert out.stdout.strip() == "[]"
 
 
-def test_the_plugin_loads_where_the_extra_is_missing() -> None:
+def test_the_plugin_loads_no_server() -> None:
     code = (
         "import sys; sys.modules['httptools'] = None;"
         "import vllm_unified.simulator.pytest_plugin;"
