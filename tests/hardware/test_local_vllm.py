@@ -85,6 +85,7 @@ async def test_one_that_does_not_start_leaves_it_to_others(fakes: Fakes) -> None
             await hal.run_inference("llm", "1 + 1 =")
         hal.register_backend("llm", other)
         assert (await hal.run_inference("llm", "1 + 1 =")).backend == "other"
+        assert not await local.health()  # nobody waits for another start that fails, for a while
         await hal.close()
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.vllm import OWN_SERVERS
 from vllm_unified.servers import ensure_bundled_model, find_engine
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(900), OWN_SERVERS]
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vllm_unified.servers import LocalServer, ServerSpec
 
 _BUNDLED = "bundled"
+# After a start that failed; each further one doubles it.
+_FIRST_PAUSE, _LONGEST_PAUSE = 30.0, 600.0
 
 
 class LocalVllm:
@@ -77,9 +79,10 @@ class LocalVllm:
         self._starting: asyncio.Task[AsyncVllmUnified] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
-        self._used_at = 0.0
         self._in_use = 0
         self._closed = False
+        self._pause = _FIRST_PAUSE
+        self._well_at = 0.0
         self.starts = 0
         """How often a server was started, or joined."""
 
@@ -134,9 +137,10 @@ class LocalVllm:
         return _LocalStream(_Use(self), request)
 
     async def health(self) -> bool:
-        """Whether it generates. One that does not run is well: the next request starts it."""
+        """Whether it generates. One that does not run is well, as the next request starts it; but
+        for a while not after a start that failed."""
         if self._client is None:
-            return not self._closed
+            return not self._closed and time.monotonic() >= self._well_at
         well = await ClientBackend(self._client, None).health()
         if not well:
             await self._forget_if_gone(self._client)
@@ -177,9 +181,15 @@ class LocalVllm:
             raise
 
     async def _start(self) -> AsyncVllmUnified:
-        client = await AsyncVllmUnified.local(
-            spec=await self.spec(), timeout=self._timeout, progress=self._progress
-        )
+        try:
+            client = await AsyncVllmUnified.local(
+                spec=await self.spec(), timeout=self._timeout, progress=self._progress
+            )
+        except VllmError:
+            self._well_at = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            raise
+        self._pause = _FIRST_PAUSE
         if self._closed:
             await client.close()
             raise ClientClosedError("this local vLLM was closed while it started")
@@ -199,7 +209,6 @@ class LocalVllm:
         self._touched()
 
     def _touched(self) -> None:
-        self._used_at = time.monotonic()
         if self._in_use == 0 and self._client is not None and self._idle_timeout is not None:
             if self._alarm is not None:
                 self._alarm.cancel()
