@@ -171,6 +171,7 @@ class LocalVllm:
             return self._client
         if self._starting is None or self._starting.done():
             self._starting = asyncio.create_task(self._start())
+            self._starting.add_done_callback(_note)
         starting = self._starting
         try:
             # One who leaves does not end the start for the others.
@@ -330,6 +331,12 @@ class _LocalStream:
                 await self._stream.close()
         finally:
             await self._use.end()
+
+
+def _note(start: asyncio.Task[AsyncVllmUnified]) -> None:
+    """Whoever waits for it gets its error; perhaps nobody does any more."""
+    if not start.cancelled():
+        start.exception()
 
 
 def _machine(given: Hardware | None) -> Hardware:
