@@ -23,6 +23,10 @@ T = TypeVar("T")
 
 _ASK_SECONDS = 5.0
 _PROBE_SECONDS = 30.0
+# A server in development mode takes seconds to tell its device for the first time. The first request
+# does not wait for that: it is asked for again, so often at most.
+_DEVICE_SECONDS = 1.0
+_DEVICE_TRIES = 3
 
 
 def as_backend(value: Any) -> Backend:
@@ -72,7 +76,7 @@ class ClientBackend:
         self._client = client
         self._where = where
         self._device: str | None = None
-        self._knows_device = False
+        self._device_tries = 0
 
     @property
     def appetite(self) -> int:
@@ -109,14 +113,14 @@ class ClientBackend:
         for endpoint in self._client._route(self._where).endpoints:
             # Known where a health check looks; each member of a fleet may serve something else.
             models = {**(endpoint.models or {}), **models}
-        if not self._knows_device:
+        if self._device is None and self._device_tries < _DEVICE_TRIES:
+            self._device_tries += 1
             self._device = await self._ask_device()
-            self._knows_device = True
         return Capabilities(models=models, device=self._device)
 
     async def _ask_device(self) -> str | None:
         try:
-            info = await self._client.get_model_info(self._where, timeout=_ASK_SECONDS)
+            info = await self._client.get_model_info(self._where, timeout=_DEVICE_SECONDS)
         except VllmError:
             return None
         return info.device
