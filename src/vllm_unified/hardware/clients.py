@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 _ASK_SECONDS = 5.0
 _PROBE_SECONDS = 30.0
-# A server in development mode takes seconds to tell its device for the first time. The first request
-# does not wait for that: it is asked for again, so often at most.
+# A server in development mode takes seconds to tell its device for the first time. No request waits
+# for that: it is asked for again, so often at most.
 _DEVICE_SECONDS = 1.0
 _DEVICE_TRIES = 3
 
