@@ -1,9 +1,13 @@
 """One Python client for every vLLM server that a team runs, and the hand that runs them."""
 
 from vllm_unified.balancer import LoadBalancer
-from vllm_unified.batch.runner import BatchError
+from vllm_unified.batch.answer import BatchAnswer
+from vllm_unified.batch.errors import BatchError, BatchStoppedError
+from vllm_unified.batch.metrics import BatchMetrics
+from vllm_unified.batch.stream import BatchStream
+from vllm_unified.batch.texts import BatchResult
 from vllm_unified.blocking import BlockingLoadBalancer, VllmUnified
-from vllm_unified.bridge import BlockingStream
+from vllm_unified.bridge import BlockingBatchStream, BlockingStream
 from vllm_unified.client import AsyncVllmUnified
 from vllm_unified.endpoints.breaker import BreakerConfig
 from vllm_unified.endpoints.endpoint import Endpoint
@@ -93,7 +97,13 @@ __all__ = [
     "AttemptTimeoutError",
     "AuthenticationError",
     "BadRequestError",
+    "BatchAnswer",
     "BatchError",
+    "BatchMetrics",
+    "BatchResult",
+    "BatchStoppedError",
+    "BatchStream",
+    "BlockingBatchStream",
     "BlockingLoadBalancer",
     "BlockingStream",
     "BreakerConfig",

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
+from vllm_unified.arguments import Params
 from vllm_unified.balancer import Balanced, LoadBalancer, Where
-from vllm_unified.bridge import BlockingStream, LoopThread
-from vllm_unified.client import AsyncVllmUnified, Params
+from vllm_unified.batch.source import Prompts
+from vllm_unified.batch.texts import BatchResult, OnError
+from vllm_unified.bridge import BlockingBatchStream, BlockingStream, LoopThread
+from vllm_unified.client import AsyncVllmUnified
 from vllm_unified.endpoints.endpoint import Endpoint
 from vllm_unified.endpoints.health import Health
 from vllm_unified.endpoints.stats import EndpointStats, Statistics
+from vllm_unified.errors import VllmError
 from vllm_unified.events import Handler
 from vllm_unified.fleet.directory import EndpointInput, EndpointStatus, FleetInput
 from vllm_unified.handler import EndpointHandler
@@ -345,36 +349,6 @@ class VllmUnified:
             self,
         )
 
-    def process_batch(
-        self,
-        endpoint_url: Where,
-        prompts: Iterable[GenerationInput],
-        model: str | None = None,
-        params: Params | None = None,
-        *,
-        on_progress: Callable[[int], None] | None = None,
-        **more: Any,
-    ) -> list[str]:
-        """The texts that answer many prompts, in order, several at a time.
-
-        Args:
-            prompts: Each as ``data`` of :meth:`make_request`.
-            params: For all prompts; a prompt that is a dict may have its own, which win.
-            on_progress: Called with the number of prompts that are done, after each.
-
-        Raises:
-            BatchError: some failed; has the answers of the others.
-        """
-        return self._thread.run(
-            lambda: self._client.process_batch(
-                endpoint_url, prompts, model, params, on_progress=on_progress, **more
-            )
-        )
-
-    def batch(self, prompts: Iterable[GenerationInput], **params: Any) -> list[str]:
-        """The texts that answer many prompts at the default server; see :meth:`process_batch`."""
-        return self._thread.run(lambda: self._client.batch(prompts, **params))
-
     def create_vllm_endpoint_handler(
         self, endpoint_url: Where, model: str | None = None
     ) -> EndpointHandler[GenerationResult]:
@@ -578,6 +552,215 @@ class VllmUnified:
     def off(self, event: str, handler: Handler | None = None) -> None:
         """Call a handler, or any handler of this event, no more."""
         self._thread.call(lambda: self._client.off(event, handler))
+
+    def stream_batch(
+        self,
+        prompts: Prompts,
+        params: Mapping[str, Any] | None = None,
+        *,
+        endpoint_url: Where = None,
+        ordered: bool = False,
+        patience: float | None = None,
+        **more: Any,
+    ) -> BlockingBatchStream:
+        """The answers to many prompts, each as soon as it is there.
+
+        As many are under way as the servers take, of all servers of a fleet. A prompt that fails
+        has its error in its answer, and never ends the others. One that fails for a passing reason
+        is tried again.
+
+        Args:
+            prompts: Each as ``data`` of :meth:`make_request`: text, token ids, a list of messages,
+                or a dict with ``prompt`` or ``messages`` and parameters of its own. Any iterable,
+                also an asynchronous one; it is read no further than is needed. Of a list, those
+                with an urgent ``priority`` go first, unless ``ordered``.
+            params: For all prompts, ``model`` and ``response_model`` among them; those of a prompt
+                win. ``timeout`` is for each prompt, in seconds: 300 where the client has its
+                default.
+            ordered: In the order of the prompts.
+            patience: Seconds in which nothing succeeds after which it is given up; by default 60,
+                and 10 before the first success.
+
+        Raises:
+            BatchStoppedError: while it is read: it was given up.
+            BadRequestError, ConfigurationError: a parameter for all prompts is wrong.
+        """
+        return BlockingBatchStream(
+            self._thread,
+            self._client.stream_batch(
+                prompts,
+                params,
+                endpoint_url=endpoint_url,
+                ordered=ordered,
+                patience=patience,
+                **more,
+            ),
+            self,
+        )
+
+    @overload
+    def process_batch(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: Literal["raise"] = "raise",
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> list[str]: ...
+
+    @overload
+    def process_batch(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: Literal["return"],
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> list[str | VllmError]: ...
+
+    @overload
+    def process_batch(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: OnError,
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> list[str | VllmError]: ...
+
+    def process_batch(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: OnError = "raise",
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> Any:
+        """The texts that answer many prompts, in order; arguments as for :meth:`stream_batch`.
+
+        Args:
+            on_error: ``raise`` after the rest is done, with the texts that there are; or
+                ``return``: a prompt's error stands in the place of its text.
+            on_progress: Called with the number of prompts that are done, after each.
+
+        Raises:
+            BatchError: some failed; has the answers of the others. Or all of it was given up.
+        """
+        return self._thread.run(
+            lambda: self._client.process_batch(
+                endpoint_url,
+                prompts,
+                model,
+                params,
+                on_error=on_error,
+                on_progress=on_progress,
+                patience=patience,
+                **more,
+            )
+        )
+
+    @overload
+    def process_batch_with_metrics(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: Literal["raise"] = "raise",
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> BatchResult[str]: ...
+
+    @overload
+    def process_batch_with_metrics(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: Literal["return"],
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> BatchResult[str | VllmError]: ...
+
+    @overload
+    def process_batch_with_metrics(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: OnError,
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> BatchResult[str | VllmError]: ...
+
+    def process_batch_with_metrics(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: OnError = "raise",
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> Any:
+        """The texts of :meth:`process_batch`, and what they took: time, tokens, requests."""
+        return self._thread.run(
+            lambda: self._client.process_batch_with_metrics(
+                endpoint_url,
+                prompts,
+                model,
+                params,
+                on_error=on_error,
+                on_progress=on_progress,
+                patience=patience,
+                **more,
+            )
+        )
+
+    @overload
+    def batch(
+        self, prompts: Prompts, *, on_error: Literal["raise"] = "raise", **params: Any
+    ) -> list[str]: ...
+
+    @overload
+    def batch(
+        self, prompts: Prompts, *, on_error: Literal["return"], **params: Any
+    ) -> list[str | VllmError]: ...
+
+    @overload
+    def batch(
+        self, prompts: Prompts, *, on_error: OnError, **params: Any
+    ) -> list[str | VllmError]: ...
+
+    def batch(self, prompts: Prompts, *, on_error: OnError = "raise", **params: Any) -> Any:
+        """The texts that answer many prompts at the default server; see :meth:`process_batch`."""
+        return self._thread.run(lambda: self._client.batch(prompts, on_error=on_error, **params))
 
     def list_models(
         self, endpoint_url: Where = None, *, timeout: float | None = None
@@ -886,7 +1069,7 @@ class BlockingLoadBalancer(Balanced):
             self._owner,
         )
 
-    def batch(self, prompts: Iterable[GenerationInput], **params: Any) -> list[str]:
+    def batch(self, prompts: Prompts, **params: Any) -> list[str]:
         """The texts that answer many prompts; see :meth:`AsyncVllmUnified.process_batch`."""
         return self._thread.run(lambda: self._balancer.batch(prompts, **params))
 
