@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, overload
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from vllm_unified.balancer import Balanced, Where
 from vllm_unified.batch.requests import RequestMaker
@@ -13,6 +15,10 @@ from vllm_unified.batch.stream import BatchStream
 from vllm_unified.batch.texts import BatchResult, OnError, collect_texts
 from vllm_unified.errors import VllmError
 from vllm_unified.fleet.directory import Directory
+from vllm_unified.fleet.fleet import Fleet
+
+if TYPE_CHECKING:
+    from vllm_unified.batch.summary import BatchProgress, BatchSummary
 
 
 class Batching:
@@ -52,12 +58,103 @@ class Batching:
             BatchStoppedError: while it is read: it was given up.
             BadRequestError, ConfigurationError: a parameter for all prompts is wrong.
         """
-        where = self._directory.route(
-            endpoint_url.fleet if isinstance(endpoint_url, Balanced) else endpoint_url
-        )
-        requests = RequestMaker(where.settings, {**(params or {}), **more})
+        fleet = self._fleet(endpoint_url)
+        requests = RequestMaker(fleet.settings, {**(params or {}), **more})
         source = Source(prompts, by_priority=not ordered)
-        return BatchStream(BatchRun(where, source, requests, ordered=ordered, patience=patience))
+        return BatchStream(BatchRun(fleet, source, requests, ordered=ordered, patience=patience))
+
+    async def run_batch(
+        self,
+        input: str | os.PathLike[str],
+        output: str | os.PathLike[str],
+        params: Mapping[str, Any] | None = None,
+        *,
+        prompt: str | None = None,
+        system: str | None = None,
+        messages: str | None = None,
+        chat: bool = False,
+        params_column: str | None = None,
+        model: str | None = None,
+        response_model: Any = None,
+        columns: Sequence[str] | None = None,
+        keep: Sequence[str] | None = None,
+        input_format: str | None = None,
+        output_format: str | None = None,
+        unordered: bool = False,
+        retry_failed: bool = False,
+        overwrite: bool = False,
+        strict: bool = False,
+        ledger: str | os.PathLike[str] | None = None,
+        endpoint_url: Where = None,
+        patience: float | None = None,
+        on_progress: Callable[[BatchProgress], object] | None = None,
+        **more: Any,
+    ) -> BatchSummary:
+        """The rows of a file, answered into another one; the same call goes on after whatever
+        ended it.
+
+        Formats are JSON lines, CSV, TSV, Parquet and OpenAI's batch format, by suffix; ``.gz`` and
+        ``.zst`` after it are compressed. ``"-"`` is a standard stream. The output has one row for
+        each of the input, in its order, and appears when it is complete. What is done until then is
+        in the ledger, a file beside it.
+
+        Args:
+            params: For all rows; a row's own win.
+            prompt: A template over the columns, ``"Q: {question}"``. Without it, the column
+                ``messages`` or ``prompt`` is asked.
+            system: A template for a system message; it makes a chat of a prompt, as ``chat`` does.
+            messages: The column that has messages.
+            params_column: The column that has parameters of the row's own.
+            response_model: What each answer has to be, as for :meth:`chat`; in the column
+                ``parsed``.
+            columns: Of the answers: ``text``, ``finish_reason``, ``usage`` and ``error``, or any of
+                :data:`vllm_unified.batch.columns.COLUMNS`; ``column=name`` renames.
+            keep: Columns of the input that the output has; by default all.
+            unordered: Write rows as they are answered; those without an answer come last.
+            retry_failed: Ask again the rows that have no answer.
+            overwrite: Begin anew, and drop what an earlier job has done.
+            strict: Read all rows first, and send nothing if one of them cannot be asked. By default
+                such a row gets an error, and the others their answers.
+            ledger: Its file; by default ``output`` with ``.ledger``, and none for ``"-"``.
+            patience: Seconds without any success before it ends; by default 60, and 10 before the
+                first success.
+            on_progress: Called about twice a second.
+
+        Raises:
+            ConfigurationError: it cannot be run so, or the ledger is of another job.
+            BadRequestError: a parameter is wrong; nothing was sent.
+            JobStoppedError: servers or disk failed; what is done is kept.
+        """
+        from vllm_unified.batch.job import run_job
+        from vllm_unified.batch.plan import Job
+        from vllm_unified.batch.question import Asking
+
+        shared = {**(params or {}), **more}
+        job = Job(
+            input=os.fspath(input),
+            output=os.fspath(output),
+            asking=Asking(
+                prompt=prompt,
+                system=system,
+                messages=messages,
+                chat=chat,
+                params_column=params_column,
+            ),
+            model=model or shared.pop("model", None) or self._fleet(endpoint_url).settings.model,
+            params=shared,
+            response_model=response_model,
+            columns=columns,
+            keep=keep,
+            input_format=input_format,
+            output_format=output_format,
+            unordered=unordered,
+            retry_failed=retry_failed,
+            overwrite=overwrite,
+            strict=strict,
+            ledger=None if ledger is None else os.fspath(ledger),
+        )
+        ask = partial(self.stream_batch, endpoint_url=endpoint_url, patience=patience, model=model)
+        return await run_job(job, ask, on_progress=on_progress)
 
     @overload
     async def process_batch(
@@ -206,3 +303,6 @@ class Batching:
         """The texts that answer many prompts at the default server; see :meth:`process_batch`."""
         arguments = {**params, "on_error": on_error}
         return await self.process_batch(None, prompts, **arguments)
+
+    def _fleet(self, where: Where) -> Fleet:
+        return self._directory.route(where.fleet if isinstance(where, Balanced) else where)

@@ -46,6 +46,8 @@ from vllm_unified.wire.requests import (
 if TYPE_CHECKING:
     from vllm_unified.servers import LocalServer, ServerSpec
 if TYPE_CHECKING:
+    from vllm_unified.batch.summary import BatchProgress, BatchSummary
+if TYPE_CHECKING:
     from vllm_unified.models.lora.placement import Replicas
 
 T = TypeVar("T")
@@ -596,6 +598,96 @@ class VllmUnified:
                 **more,
             ),
             self,
+        )
+
+    def run_batch(
+        self,
+        input: str | os.PathLike[str],
+        output: str | os.PathLike[str],
+        params: Mapping[str, Any] | None = None,
+        *,
+        prompt: str | None = None,
+        system: str | None = None,
+        messages: str | None = None,
+        chat: bool = False,
+        params_column: str | None = None,
+        model: str | None = None,
+        response_model: Any = None,
+        columns: Sequence[str] | None = None,
+        keep: Sequence[str] | None = None,
+        input_format: str | None = None,
+        output_format: str | None = None,
+        unordered: bool = False,
+        retry_failed: bool = False,
+        overwrite: bool = False,
+        strict: bool = False,
+        ledger: str | os.PathLike[str] | None = None,
+        endpoint_url: Where = None,
+        patience: float | None = None,
+        on_progress: Callable[[BatchProgress], object] | None = None,
+        **more: Any,
+    ) -> BatchSummary:
+        """The rows of a file, answered into another one; the same call goes on after whatever
+        ended it.
+
+        Formats are JSON lines, CSV, TSV, Parquet and OpenAI's batch format, by suffix; ``.gz`` and
+        ``.zst`` after it are compressed. ``"-"`` is a standard stream. The output has one row for
+        each of the input, in its order, and appears when it is complete. What is done until then is
+        in the ledger, a file beside it.
+
+        Args:
+            params: For all rows; a row's own win.
+            prompt: A template over the columns, ``"Q: {question}"``. Without it, the column
+                ``messages`` or ``prompt`` is asked.
+            system: A template for a system message; it makes a chat of a prompt, as ``chat`` does.
+            messages: The column that has messages.
+            params_column: The column that has parameters of the row's own.
+            response_model: What each answer has to be, as for :meth:`chat`; in the column
+                ``parsed``.
+            columns: Of the answers: ``text``, ``finish_reason``, ``usage`` and ``error``, or any of
+                :data:`vllm_unified.batch.columns.COLUMNS`; ``column=name`` renames.
+            keep: Columns of the input that the output has; by default all.
+            unordered: Write rows as they are answered; those without an answer come last.
+            retry_failed: Ask again the rows that have no answer.
+            overwrite: Begin anew, and drop what an earlier job has done.
+            strict: Read all rows first, and send nothing if one of them cannot be asked. By default
+                such a row gets an error, and the others their answers.
+            ledger: Its file; by default ``output`` with ``.ledger``, and none for ``"-"``.
+            patience: Seconds without any success before it ends; by default 60, and 10 before the
+                first success.
+            on_progress: Called about twice a second.
+
+        Raises:
+            ConfigurationError: it cannot be run so, or the ledger is of another job.
+            BadRequestError: a parameter is wrong; nothing was sent.
+            JobStoppedError: servers or disk failed; what is done is kept.
+        """
+        return self._thread.run(
+            lambda: self._client.run_batch(
+                input,
+                output,
+                params,
+                prompt=prompt,
+                system=system,
+                messages=messages,
+                chat=chat,
+                params_column=params_column,
+                model=model,
+                response_model=response_model,
+                columns=columns,
+                keep=keep,
+                input_format=input_format,
+                output_format=output_format,
+                unordered=unordered,
+                retry_failed=retry_failed,
+                overwrite=overwrite,
+                strict=strict,
+                ledger=ledger,
+                endpoint_url=endpoint_url,
+                patience=patience,
+                on_progress=on_progress,
+                **more,
+            )
         )
 
     @overload

@@ -42,10 +42,8 @@ def _embedding(result: Result) -> Any:
 
 def _usage(result: Result) -> dict[str, int]:
     usage = result.usage
-    counts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
-    if usage.cached_tokens is not None:
-        counts["cached_tokens"] = usage.cached_tokens
-    return counts
+    # Without cached_tokens, which depend on what else the server has been asked.
+    return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
 
 
 def _tool_calls(result: Result) -> Any:

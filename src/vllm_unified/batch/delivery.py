@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import IO, Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Protocol
 
 import msgspec
 
-from vllm_unified.batch.files.compression import compressed
-from vllm_unified.batch.files.formats import DELIMITERS, Place
+from vllm_unified.batch.files.formats import DELIMITERS
 from vllm_unified.batch.files.lines import Joined, Lines, lines_for
 from vllm_unified.batch.files.parquet import parquet_schema, write_parquet
 from vllm_unified.batch.files.rows import Row

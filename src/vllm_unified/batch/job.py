@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +13,6 @@ import msgspec
 
 from vllm_unified.batch.answer import BatchAnswer
 from vllm_unified.batch.delivery import Delivery, delivery_for
-from vllm_unified.batch.files.openai_lines import openai_answer
 from vllm_unified.batch.files.rows import Row
 from vllm_unified.batch.files.shape import Shape
 from vllm_unified.batch.fingerprint import as_noted, check_same
@@ -33,8 +31,8 @@ from vllm_unified.errors import (
     VllmError,
 )
 
-Ask = Callable[[AsyncIterator[Item]], BatchStream]
-"""Has prompts answered, in order of completion."""
+Ask = Callable[[AsyncIterator[Item], Mapping[str, Any]], BatchStream]
+"""Has prompts answered, in order of completion, with parameters for all."""
 OnProgress = Callable[[BatchProgress], object]
 
 FLUSH_SECONDS = 0.5
@@ -42,6 +40,7 @@ FLUSH_ROWS = 1000
 """Answers go into the ledger after so many, or so often: this much is asked again after
 ``kill -9``."""
 _PAGE = 8192
+_SHOWN = 3
 
 
 async def run_job(
@@ -90,6 +89,7 @@ class _Run:
         self._ledger: Ledger | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._delivery: Delivery | None = None
+        self._answers: BatchStream | None = None
         self._shape = Shape(plan.source.columns or ())
         self._counts = Counts()
         self._before = Counts()
@@ -103,13 +103,12 @@ class _Run:
         """Not in the ledger yet."""
         self._rows_read = 0
         self._read_all = False
-        self._model: str | None = None
-        """That answered, where none was asked for."""
 
     async def to_end(self) -> BatchSummary:
         """Ask what is not done, and deliver."""
         chunks = self._feed.chunks()
-        first = await anext(chunks, [])
+        nothing: list[Row] = []
+        first = await anext(chunks, nothing)
         settled = self._settled = self._plan.settled(first)
         if self._job.strict:
             await self._hand.do(lambda: _check_rows(self._plan, settled))
@@ -200,7 +199,9 @@ class _Run:
         try:
             async with asyncio.TaskGroup() as group:
                 ticking = group.create_task(self._flush_regularly())
-                async with self._ask(self._prompts(settled, first, chunks)) as answers:
+                prompts = self._prompts(settled, first, chunks)
+                async with self._ask(prompts, self._plan.params) as answers:
+                    self._answers = answers
                     async for answer in answers:
                         self._take(settled, answer)
                         if len(self._done) >= FLUSH_ROWS:
@@ -226,7 +227,7 @@ class _Run:
                 try:
                     item = settled.item(row)
                 except BadRequestError as error:
-                    self._settle(settled, row, settled.outcome_of(row), None, error)
+                    self._settle(settled, row, settled.unasked(row), None, error)
                     if len(self._done) >= FLUSH_ROWS:
                         await self._flush()
                     continue
@@ -254,7 +255,8 @@ class _Run:
         row = self._under_way.pop(answer.index)
         result, error, parsed = answer.result, answer.error, None
         if result is not None:
-            self._check_model(result.model)
+            if self._plan.params.get("model") is None and not settled.is_openai:
+                self._check_model(result.model)
             if self._plan.structure is not None:
                 try:
                     parsed = self._plan.structure.parse(
@@ -288,12 +290,101 @@ class _Run:
 
     def _check_model(self, model: str) -> None:
         """Without a name, whatever is served answers; but one model for all rows."""
-        if self._job.model is not None or model == self._model:
-            return
-        if self._model is None:
-            self._model = self._noted_model or model
-        if model != self._model:
+        counts = self._counts
+        if counts.model is None:
+            counts.model = model
+        if model != counts.model:
             raise ConfigurationError(
-                f"rows were answered by {self._model!r}, and now {model!r} answers",
+                f"rows were answered by {counts.model!r}, and now {model!r} answers",
                 hint="Say which model is meant with model=... (--model).",
             )
+
+    async def _flush_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_SECONDS)
+            await self._flush()
+
+    async def _flush(self) -> None:
+        """What is done, into the ledger."""
+        done, self._done = self._done, []
+        delivery = self._delivery
+        if done and delivery is not None:
+            counts = msgspec.structs.replace(self._counts)
+            await self._hand.do(lambda: delivery.record(done, counts))
+        if self._on_progress is not None:
+            self._on_progress(self._progress())
+
+    async def _flush_if_possible(self, failure: VllmError | None) -> None:
+        """Before the end: a ledger that could not be written does not get more."""
+        if self._done and not isinstance(failure, BatchFileError):
+            await self._flush()
+
+    # How it does
+
+    def _progress(self) -> BatchProgress:
+        total, exact = self._total()
+        counts = self._ledger.counts if self._ledger is not None else Counts()
+        return BatchProgress(
+            rows=counts.rows,
+            failed=counts.failed,
+            total=total,
+            total_is_exact=exact,
+            new_rows=counts.rows - self._before.rows,
+            completion_tokens=counts.completion_tokens - self._before.completion_tokens,
+            seconds=time.monotonic() - self._began,
+            trouble=self._answers.trouble if self._answers is not None else None,
+        )
+
+    def _total(self) -> tuple[int | None, bool]:
+        if self._feed.ended:
+            return self._feed.count, True
+        source = self._plan.source
+        if source.count is not None:
+            return source.count, True
+        fraction = source.fraction
+        return (int(self._feed.count / fraction) if fraction else None), False
+
+    def _summary(self) -> BatchSummary:
+        ledger = self._plan.ledger
+        counts = self._ledger.counts if self._ledger is not None else Counts()
+        return BatchSummary(
+            output=self._job.output,
+            rows=counts.rows,
+            failed=counts.failed,
+            unasked=counts.unasked,
+            cut=counts.cut,
+            resumed=self._before.rows,
+            prompt_tokens=counts.prompt_tokens,
+            completion_tokens=counts.completion_tokens,
+            seconds=time.monotonic() - self._began,
+            ledger=None if ledger is None else str(ledger),
+        )
+
+    def _stopped(self, error: VllmError) -> JobStoppedError:
+        summary = self._summary()
+        total, exact = self._total()
+        of = "" if total is None else f" of {'' if exact else 'about '}{total:,}"
+        if self._plan.ledger is not None:
+            kept = f"{summary.ledger} has what is done, and the same call goes on after it."
+        else:
+            kept = "Nothing of it is kept: standard output has a ledger only if ledger is given."
+        return JobStoppedError(
+            f"stopped after {summary.rows:,}{of} rows: {error.message}",
+            summary=summary,
+            hint=f"{error.hint}\n{kept}" if error.hint else kept,
+        )
+
+
+def _check_rows(plan: Plan, settled: Settled) -> None:
+    """See that something can be asked of every row."""
+    broken = []
+    for row in plan.source.rows():
+        try:
+            settled.item(row)
+        except BadRequestError as error:
+            broken.append(error.message)
+    if broken:
+        raise ConfigurationError(
+            f"{len(broken):,} rows of {plan.source.place.name} cannot be asked, and nothing was "
+            f"sent. The first: {'; '.join(broken[:_SHOWN])}"
+        )

@@ -69,6 +69,8 @@ class Counts(msgspec.Struct, kw_only=True):
     """Answers that ended at their token limit."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    model: str | None = None
+    """That answered, where the job names none."""
 
 
 class Ledger:
@@ -165,7 +167,9 @@ class Ledger:
     def entries(self, start: int = 0, *, failed_only: bool = False) -> Iterator[Entry]:
         """What is done, in order, from this position on."""
         condition = "AND outcome > 0" if failed_only else ""
-        query = f"SELECT * FROM rows WHERE position >= ? {condition} ORDER BY position LIMIT {_PAGE}"
+        query = (
+            f"SELECT * FROM rows WHERE position >= ? {condition} ORDER BY position LIMIT {_PAGE}"
+        )
         while True:
             with self._explained():
                 page = self._file.execute(query, (start,)).fetchall()

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_unified.batch.files.openai_lines import is_openai_line, openai_item
+from vllm_unified.batch.files.openai_lines import openai_item
 from vllm_unified.batch.template import Template, check_columns, value_of
 from vllm_unified.errors import BadRequestError, ConfigurationError
 
@@ -60,11 +60,6 @@ def ask_for(asking: Asking, columns: Sequence[str], *, openai: bool) -> Ask:
         check_columns([asking.params_column], columns, "params_column")
     ask = _prompt(asking, columns) if _is_prompt(asking, columns) else _messages(asking, columns)
     return _with_own(ask, asking.params_column) if asking.params_column else ask
-
-
-def is_openai(fields: Mapping[str, Any]) -> bool:
-    """Whether the row is a line of OpenAI's batch format."""
-    return is_openai_line(fields)
 
 
 def _is_prompt(asking: Asking, columns: Sequence[str]) -> bool:

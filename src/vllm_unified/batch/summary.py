@@ -24,6 +24,8 @@ class BatchProgress(msgspec.Struct, frozen=True, kw_only=True):
     """Generated in this run."""
     seconds: float
     """Since this run began."""
+    trouble: VllmError | None = None
+    """Why rows fail at this moment, while none succeeds; they are tried again."""
 
     @property
     def rows_per_second(self) -> float:

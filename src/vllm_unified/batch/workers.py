@@ -8,6 +8,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -36,17 +37,13 @@ class Hand:
             try:
                 result = function()
             except BaseException as error:  # noqa: BLE001 - raised where the caller waits
-                tell(lambda error=error: outcome.set_exception(error))
+                tell(partial(_fail, outcome, error))
             else:
-                tell(lambda: outcome.set_result(result))
+                tell(partial(_succeed, outcome, result))
 
         def tell(settle: Callable[[], None]) -> None:
-            def once() -> None:
-                if not outcome.done():
-                    settle()
-
             with contextlib.suppress(RuntimeError):  # the loop may be closed
-                loop.call_soon_threadsafe(once)
+                loop.call_soon_threadsafe(settle)
 
         self._work.put(work)
         return await outcome
@@ -60,15 +57,32 @@ class Hand:
             work()
 
 
+def _succeed(outcome: asyncio.Future[T], result: T) -> None:
+    if not outcome.done():
+        outcome.set_result(result)
+
+
+def _fail(outcome: asyncio.Future[T], error: BaseException) -> None:
+    if not outcome.done():
+        outcome.set_exception(error)
+
+
 class Feed(Generic[T]):
     """Items that a thread reads ahead, some at a time: as many as there are, without waiting for
-    more than the first."""
+    more than the first.
+
+    Attributes:
+        count: How many it has read.
+        ended: Whether these are all.
+    """
 
     def __init__(self, items: Iterable[T]) -> None:
         self._items = items
         self._loop = asyncio.get_running_loop()
         self._room = threading.Semaphore(_CHUNKS_AHEAD)
         self._closed = False
+        self.count = 0
+        self.ended = False
         self._ready: deque[list[T] | BaseException | None] = deque()
         self._hungry: asyncio.Future[None] | None = None
         threading.Thread(target=self._read, name="vllm-unified rows", daemon=True).start()
@@ -97,11 +111,13 @@ class Feed(Generic[T]):
         end: BaseException | None = None
         try:
             for item in self._items:
+                self.count += 1
                 chunk.append(item)
                 if len(chunk) >= _CHUNK or self._hungry is not None:
                     if not self._put(chunk):
                         return
                     chunk = []
+            self.ended = True
         except BaseException as error:  # noqa: BLE001 - raised where the items are wanted
             end = error
         if chunk:

@@ -45,7 +45,7 @@ def openai_item(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise BadRequestError("a request of a batch cannot stream")
     if body.get(subject) is None:
         raise BadRequestError(f"the body for {url} has no {subject!r}")
-    others = _SUBJECTS.values() - {subject}
+    others = set(_SUBJECTS.values()) - {subject}
     return {name: value for name, value in body.items() if name not in others | {"stream"}}
 
 
@@ -62,9 +62,7 @@ class _Line(msgspec.Struct):
     error: Any
 
 
-def openai_answer(
-    custom_id: str, outcome: GenerationResult | EmbeddingResult | VllmError
-) -> bytes:
+def openai_answer(custom_id: str, outcome: GenerationResult | EmbeddingResult | VllmError) -> bytes:
     """The line of output, with the server's own answer in it."""
     if isinstance(outcome, VllmError):
         request_id, status = outcome.request_id or "", outcome.status_code or 400
@@ -74,7 +72,9 @@ def openai_answer(
             "param": None,
             "code": status,
         }
-        line = _Line(_id(request_id), custom_id, _Response(status, request_id, None), {"error": error})
+        line = _Line(
+            _id(request_id), custom_id, _Response(status, request_id, None), {"error": error}
+        )
     else:
         request_id = outcome.metadata.request_id
         body = msgspec.Raw(outcome.body)

@@ -35,12 +35,7 @@ def parquet_schema(
         "integer": pa.int64(),
         "number": pa.float64(),
         "vector": pa.list_(pa.float32()),
-        "tokens": pa.struct(
-            {
-                name: pa.int64()
-                for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
-            }
-        ),
+        "tokens": pa.struct({name: pa.int64() for name in ("prompt_tokens", "completion_tokens")}),
     }
     fields = [
         schema.field(name) if schema is not None else pa.field(name, kinds[types[name]])
@@ -82,4 +77,3 @@ def _record(joined: Joined, names: frozenset[str], as_text: frozenset[str]) -> d
 
 def _json(value: Any) -> str:
     return msgspec.json.encode(value, enc_hook=encode_foreign).decode()
-

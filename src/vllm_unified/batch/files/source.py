@@ -105,7 +105,8 @@ class Source:
                 self.columns = tuple(self.schema.names)
         elif self.place.format in DELIMITERS and self.place.path is not None:
             with self._bytes() as data:
-                header = next(_csv_reader(data, DELIMITERS[self.place.format]), [])
+                reader = _csv_reader(data, DELIMITERS[self.place.format])
+                header: list[str] = next(reader, [])
             self.columns = _checked_header(header, self.place.name)
 
     def _path(self) -> Path:
