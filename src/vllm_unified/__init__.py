@@ -5,6 +5,7 @@ from vllm_unified.batch.answer import BatchAnswer
 from vllm_unified.batch.errors import BatchError, BatchStoppedError
 from vllm_unified.batch.metrics import BatchMetrics
 from vllm_unified.batch.stream import BatchStream
+from vllm_unified.batch.summary import BatchProgress, BatchSummary, JobStoppedError
 from vllm_unified.batch.texts import BatchResult
 from vllm_unified.blocking import BlockingLoadBalancer, VllmUnified
 from vllm_unified.bridge import BlockingBatchStream, BlockingStream
@@ -20,6 +21,7 @@ from vllm_unified.errors import (
     AttemptTimeoutError,
     AuthenticationError,
     BadRequestError,
+    BatchFileError,
     CircuitOpenError,
     ClientClosedError,
     ConfigurationError,
@@ -99,10 +101,13 @@ __all__ = [
     "BadRequestError",
     "BatchAnswer",
     "BatchError",
+    "BatchFileError",
     "BatchMetrics",
+    "BatchProgress",
     "BatchResult",
     "BatchStoppedError",
     "BatchStream",
+    "BatchSummary",
     "BlockingBatchStream",
     "BlockingLoadBalancer",
     "BlockingStream",
@@ -135,6 +140,7 @@ __all__ = [
     "Health",
     "HealthCheck",
     "ImageNotFoundError",
+    "JobStoppedError",
     "Latency",
     "LoadBalancer",
     "LoraAdapter",

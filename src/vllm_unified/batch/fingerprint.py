@@ -54,5 +54,5 @@ def _changes(then: Fingerprint, now: Fingerprint) -> list[str]:
 def _shown(value: Any) -> str:
     if value is None:
         return "not given"
-    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -364,14 +364,16 @@ class _Run:
         summary = self._summary()
         total, exact = self._total()
         of = "" if total is None else f" of {'' if exact else 'about '}{total:,}"
-        if self._plan.ledger is not None:
+        if not summary.rows:
+            kept = ""
+        elif self._plan.ledger is not None:
             kept = f"{summary.ledger} has what is done, and the same call goes on after it."
         else:
             kept = "Nothing of it is kept: standard output has a ledger only if ledger is given."
         return JobStoppedError(
             f"stopped after {summary.rows:,}{of} rows: {error.message}",
             summary=summary,
-            hint=f"{error.hint}\n{kept}" if error.hint else kept,
+            hint="\n".join(line for line in (error.hint, kept) if line),
         )
 
 

@@ -31,6 +31,7 @@ from vllm_unified.cli import (
 from vllm_unified.cli.terminal import complain
 from vllm_unified.errors import (
     BadRequestError,
+    CircuitOpenError,
     ConfigurationError,
     ConnectError,
     NoSuchServerError,
@@ -91,10 +92,14 @@ def run() -> None:
         sys.exit(exit_code(error))
 
 
+_OUTER = (JobStoppedError, BatchStoppedError, CircuitOpenError)
+"""Errors that say less than their cause."""
+
+
 def exit_code(error: VllmError) -> int:
     """What the command ends with for this error."""
     cause = error.__cause__
-    if isinstance(error, JobStoppedError | BatchStoppedError) and isinstance(cause, VllmError):
+    if isinstance(error, _OUTER) and isinstance(cause, VllmError):
         return exit_code(cause)
     if isinstance(error, ConfigurationError | BadRequestError) and error.status_code is None:
         return 2

@@ -24,7 +24,7 @@ class Display:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._next_line = time.monotonic() + _LINE_SECONDS
-        self._trouble = False
+        self._in_trouble = False
         if err.is_terminal and not err.is_dumb_terminal:
             self._bar = Progress(
                 BarColumn(),
@@ -47,8 +47,9 @@ class Display:
             )
             return
         now = time.monotonic()
-        begins, self._trouble = progress.trouble and not self._trouble, bool(progress.trouble)
+        begins = progress.trouble is not None and not self._in_trouble
         if begins or now >= self._next_line:
+            self._in_trouble = progress.trouble is not None
             self._next_line = now + _LINE_SECONDS
             err.print(progress_line(progress), markup=False)
 

@@ -92,7 +92,8 @@ class Source:
                 return
             with self._bytes() as data:
                 if self.place.format in DELIMITERS:
-                    yield from _csv_rows(data, DELIMITERS[self.place.format])
+                    with _csv_reader(data, DELIMITERS[self.place.format]) as reader:
+                        yield from _csv_rows(reader)
                 else:
                     yield from _json_rows(data, self.place.name)
 
@@ -105,8 +106,8 @@ class Source:
                 self.columns = tuple(self.schema.names)
         elif self.place.format in DELIMITERS and self.place.path is not None:
             with self._bytes() as data:
-                reader = _csv_reader(data, DELIMITERS[self.place.format])
-                header: list[str] = next(reader, [])
+                with _csv_reader(data, DELIMITERS[self.place.format]) as reader:
+                    header: list[str] = next(reader, [])
             self.columns = _checked_header(header, self.place.name)
 
     def _path(self) -> Path:
@@ -161,10 +162,11 @@ def _json_rows(data: IO[bytes], name: str) -> Iterator[Row]:
         position += 1
 
 
-def _csv_reader(data: IO[bytes], delimiter: str) -> Any:
+@contextmanager
+def _csv_reader(data: IO[bytes], delimiter: str) -> Iterator[Any]:
     csv.field_size_limit(_CSV_FIELD)
-    text = io.TextIOWrapper(data, "utf-8-sig", errors="surrogateescape", newline="")
-    return csv.reader(text, delimiter=delimiter)
+    with io.TextIOWrapper(data, "utf-8-sig", errors="surrogateescape", newline="") as text:
+        yield csv.reader(text, delimiter=delimiter)
 
 
 def _checked_header(header: list[str], name: str) -> tuple[str, ...]:
@@ -176,8 +178,7 @@ def _checked_header(header: list[str], name: str) -> tuple[str, ...]:
     return tuple(header)
 
 
-def _csv_rows(data: IO[bytes], delimiter: str) -> Iterator[Row]:
-    reader = _csv_reader(data, delimiter)
+def _csv_rows(reader: Any) -> Iterator[Row]:
     header = _checked_header(next(reader, []), "the input")
     position = 0
     while True:
