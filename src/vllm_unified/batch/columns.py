@@ -75,6 +75,7 @@ class AnswerColumns:
 
     Attributes:
         names: Of the columns in the output, by what stands in them.
+        wanted: The columns as they were asked for.
     """
 
     def __init__(self, wanted: Sequence[str]) -> None:
@@ -84,6 +85,7 @@ class AnswerColumns:
         Raises:
             ConfigurationError: there is no such column, or one stands twice.
         """
+        self.wanted = tuple(wanted)
         self.names: dict[str, str] = {}
         for each in wanted:
             column, _, name = each.partition("=")

@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +42,8 @@ FLUSH_ROWS = 1000
 ``kill -9``."""
 _PAGE = 8192
 _SHOWN = 3
+_LOOK = 256
+"""Rows of a file that say which columns there are."""
 
 
 async def run_job(
@@ -83,7 +86,7 @@ class _Run:
         self._on_progress = on_progress
         self._stdout = stdout
         self._began = time.monotonic()
-        self._feed = Feed(plan.source.rows())
+        self._feed: Feed[Row] | None = None
         self._hand = Hand("vllm-unified ledger")
         self._settled: Settled | None = None
         self._ledger: Ledger | None = None
@@ -106,16 +109,22 @@ class _Run:
 
     async def to_end(self) -> BatchSummary:
         """Ask what is not done, and deliver."""
-        chunks = self._feed.chunks()
-        nothing: list[Row] = []
-        first = await anext(chunks, nothing)
-        settled = self._settled = self._plan.settled(first)
+        plan = self._plan
+        first: list[Row] = []
+        if plan.source.rereadable:
+            looked = await self._hand.do(lambda: [*islice(plan.source.rows(), _LOOK)])
+        feed = self._feed = Feed(plan.source.rows())
+        chunks = feed.chunks()
+        if not plan.source.rereadable:
+            first = looked = await _first_readable(chunks)
+        settled = plan.settled(looked)
+        answers = self._answers = self._ask(self._prompts(settled, first, chunks), plan.params)
         if self._job.strict:
-            await self._hand.do(lambda: _check_rows(self._plan, settled))
+            await self._hand.do(lambda: _check_rows(plan, settled))
         if await self._hand.do(lambda: self._open(settled)):
             return self._summary()
         try:
-            await self._ask_all(settled, first, chunks)
+            await self._ask_all(settled, answers)
             await self._hand.do(self._finish)
         except ConfigurationError:
             raise
@@ -126,7 +135,10 @@ class _Run:
 
     async def close(self) -> None:
         """Put what is done into the ledger, and let go of everything."""
-        self._feed.close()
+        if self._feed is not None:
+            self._feed.close()
+        if self._answers is not None:
+            await self._answers.close()
         await self._flush_if_possible(None)
         await self._hand.do(self._let_go)
         self._hand.close()
@@ -162,7 +174,7 @@ class _Run:
             finished = False
         self._counts = msgspec.structs.replace(ledger.counts)
         self._before = ledger.counts
-        if finished and (output or path is None):
+        if finished and output:
             return True
         ledger.note(job=as_noted(settled.fingerprint))
         self._last_done = ledger.last()
@@ -176,7 +188,7 @@ class _Run:
         self._delivery.finish(self._shape)
         self._delivery.close()
         self._ledger.note(finished=True)
-        if not self._ledger.counts.failed:
+        if self._plan.place.path is not None and not self._ledger.counts.failed:
             self._ledger.shrink()
 
     def _let_go(self) -> None:
@@ -193,19 +205,14 @@ class _Run:
 
     # Rows and answers; on the event loop
 
-    async def _ask_all(
-        self, settled: Settled, first: list[Row], chunks: AsyncIterator[list[Row]]
-    ) -> None:
+    async def _ask_all(self, settled: Settled, answers: BatchStream) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 ticking = group.create_task(self._flush_regularly())
-                prompts = self._prompts(settled, first, chunks)
-                async with self._ask(prompts, self._plan.params) as answers:
-                    self._answers = answers
-                    async for answer in answers:
-                        self._take(settled, answer)
-                        if len(self._done) >= FLUSH_ROWS:
-                            await self._flush()
+                async for answer in answers:
+                    self._take(settled, answer)
+                    if len(self._done) >= FLUSH_ROWS:
+                        await self._flush()
                 ticking.cancel()
                 await self._flush()
         except BaseExceptionGroup as failed:
@@ -217,7 +224,7 @@ class _Run:
         """What is to be asked, read as it is needed."""
         number = 0
         chunk: list[Row] | None = first
-        while chunk:
+        while chunk is not None:
             for row in chunk:
                 self._rows_read += 1
                 if settled.needs_shape and row.fields is not None:
@@ -336,13 +343,16 @@ class _Run:
         )
 
     def _total(self) -> tuple[int | None, bool]:
-        if self._feed.ended:
-            return self._feed.count, True
+        feed = self._feed
+        if feed is None:
+            return None, False
+        if feed.ended:
+            return feed.count, True
         source = self._plan.source
         if source.count is not None:
             return source.count, True
         fraction = source.fraction
-        return (int(self._feed.count / fraction) if fraction else None), False
+        return (int(feed.count / fraction) if fraction else None), False
 
     def _summary(self) -> BatchSummary:
         ledger = self._plan.ledger
@@ -374,7 +384,18 @@ class _Run:
             f"stopped after {summary.rows:,}{of} rows: {error.message}",
             summary=summary,
             hint="\n".join(line for line in (error.hint, kept) if line),
+            like=error,
         )
+
+
+async def _first_readable(chunks: AsyncIterator[list[Row]]) -> list[Row]:
+    """Rows until one can be read."""
+    found: list[Row] = []
+    async for chunk in chunks:
+        found += chunk
+        if any(row.fields is not None for row in chunk):
+            break
+    return found
 
 
 def _check_rows(plan: Plan, settled: Settled) -> None:

@@ -104,6 +104,8 @@ class Settled:
     def __init__(self, plan: Plan, first: Sequence[Row]) -> None:
         job, source = plan.job, plan.source
         readable = [row.fields for row in first if row.fields is not None]
+        if not source.rereadable:
+            readable = readable[:1]  # how many have come by now is chance
         there = source.columns or tuple(dict.fromkeys(name for row in readable for name in row))
         self.is_openai = source.place.format == "openai"
         if source.place.format == "jsonl" and job.input_format is None and readable:
@@ -216,7 +218,7 @@ def _fingerprint(plan: Plan, settled: Settled) -> Fingerprint:
         "response_format": plan.params.get("response_format"),
         "output format": settled.place.format,
         "compression": settled.place.compression if job.unordered else None,
-        "columns": settled.columns.names if settled.columns else None,
+        "columns": settled.columns.wanted if settled.columns else None,
         "keep": job.keep,
         "unordered": job.unordered,
     }

@@ -78,14 +78,32 @@ class JobStoppedError(VllmError):
 
     What was done is in the ledger, and the same call goes on after it."""
 
-    def __init__(self, message: str, *, summary: BatchSummary, hint: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        summary: BatchSummary,
+        hint: str | None = None,
+        like: VllmError | None = None,
+    ) -> None:
+        """``like`` says where it failed, and whether it may succeed later."""
         super().__init__(message, hint=hint)
         self.summary = summary
         """How far it came."""
+        if like is not None:
+            self.is_transient_error = like.is_transient_error
+            self.status_code, self.endpoint = like.status_code, like.endpoint
+            self.request_id, self.model = like.request_id, like.model
+            self.attempts = like.attempts
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self.message, self.summary, self.hint)
+        return _rebuild, (self.message, self.summary, self.hint, self.__cause__)
 
 
-def _rebuild(message: str, summary: BatchSummary, hint: str | None) -> JobStoppedError:
-    return JobStoppedError(message, summary=summary, hint=hint)
+def _rebuild(
+    message: str, summary: BatchSummary, hint: str | None, cause: BaseException | None
+) -> JobStoppedError:
+    like = cause if isinstance(cause, VllmError) else None
+    error = JobStoppedError(message, summary=summary, hint=hint, like=like)
+    error.__cause__ = cause
+    return error

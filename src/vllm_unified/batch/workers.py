@@ -14,7 +14,8 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 _CHUNK = 256
-_CHUNKS_AHEAD = 4
+_AHEAD = 1024
+"""Items that are read before somebody wants them."""
 
 
 class Hand:
@@ -68,8 +69,8 @@ def _fail(outcome: asyncio.Future[T], error: BaseException) -> None:
 
 
 class Feed(Generic[T]):
-    """Items that a thread reads ahead, some at a time: as many as there are, without waiting for
-    more than the first.
+    """Items that a thread reads ahead. They are there as soon as they are read, and as many at a
+    time as have been.
 
     Attributes:
         count: How many it has read.
@@ -77,66 +78,65 @@ class Feed(Generic[T]):
     """
 
     def __init__(self, items: Iterable[T]) -> None:
-        self._items = items
-        self._loop = asyncio.get_running_loop()
-        self._room = threading.Semaphore(_CHUNKS_AHEAD)
-        self._closed = False
         self.count = 0
         self.ended = False
-        self._ready: deque[list[T] | BaseException | None] = deque()
+        self._items = items
+        self._loop = asyncio.get_running_loop()
+        self._read_ahead: deque[T] = deque()
+        self._room = threading.Event()
+        self._closed = False
+        self._error: BaseException | None = None
         self._hungry: asyncio.Future[None] | None = None
         threading.Thread(target=self._read, name="vllm-unified rows", daemon=True).start()
 
     async def chunks(self) -> AsyncIterator[list[T]]:
         """The items. Raises what reading raised."""
+        ahead = self._read_ahead
         while True:
-            while not self._ready:
-                self._hungry = self._loop.create_future()
-                await self._hungry
-            got = self._ready.popleft()
-            self._room.release()
-            if got is None:
+            if ahead:
+                yield [ahead.popleft() for _ in range(min(len(ahead), _CHUNK))]
+                self._room.set()
+                continue
+            ended = self.ended  # before looking whether the last ones have come
+            if ended and not ahead:
+                if self._error is not None:
+                    raise self._error
                 return
-            if isinstance(got, BaseException):
-                raise got
-            yield got
+            # Said before looking again: the thread looks here after it has put something there.
+            hungry = self._hungry = self._loop.create_future()
+            if not ahead and not self.ended:
+                await hungry
+            self._hungry = None
 
     def close(self) -> None:
         """Read no more than what is being read."""
         self._closed = True
-        self._room.release()
+        self._room.set()
 
     def _read(self) -> None:
-        chunk: list[T] = []
-        end: BaseException | None = None
+        ahead = self._read_ahead
         try:
             for item in self._items:
+                while len(ahead) >= _AHEAD and not self._closed:
+                    self._room.clear()
+                    if len(ahead) >= _AHEAD:
+                        self._room.wait()
+                if self._closed:
+                    return
+                ahead.append(item)
                 self.count += 1
-                chunk.append(item)
-                if len(chunk) >= _CHUNK or self._hungry is not None:
-                    if not self._put(chunk):
-                        return
-                    chunk = []
-            self.ended = True
+                if self._hungry is not None:
+                    self._wake()
         except BaseException as error:  # noqa: BLE001 - raised where the items are wanted
-            end = error
-        if chunk:
-            self._put(chunk)
-        self._put(end)
+            self._error = error
+        finally:
+            self.ended = True
+            self._wake()
 
-    def _put(self, got: list[T] | BaseException | None) -> bool:
-        self._room.acquire()
-        if self._closed:
-            return False
-        try:
-            self._loop.call_soon_threadsafe(self._arrived, got)
-        except RuntimeError:  # the loop is closed
-            return False
-        return True
+    def _wake(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._arrived)
 
-    def _arrived(self, got: list[T] | BaseException | None) -> None:
-        self._ready.append(got)
-        if self._hungry is not None:
-            if not self._hungry.done():
-                self._hungry.set_result(None)
-            self._hungry = None
+    def _arrived(self) -> None:
+        if self._hungry is not None and not self._hungry.done():
+            self._hungry.set_result(None)

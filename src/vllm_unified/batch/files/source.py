@@ -105,9 +105,9 @@ class Source:
                 self.schema, self.count = file.schema_arrow, file.metadata.num_rows
                 self.columns = tuple(self.schema.names)
         elif self.place.format in DELIMITERS and self.place.path is not None:
-            with self._bytes() as data:
-                with _csv_reader(data, DELIMITERS[self.place.format]) as reader:
-                    header: list[str] = next(reader, [])
+            delimiter = DELIMITERS[self.place.format]
+            with self._bytes() as data, _csv_reader(data, delimiter) as reader:
+                header: list[str] = next(reader, [])
             self.columns = _checked_header(header, self.place.name)
 
     def _path(self) -> Path:
@@ -165,8 +165,11 @@ def _json_rows(data: IO[bytes], name: str) -> Iterator[Row]:
 @contextmanager
 def _csv_reader(data: IO[bytes], delimiter: str) -> Iterator[Any]:
     csv.field_size_limit(_CSV_FIELD)
-    with io.TextIOWrapper(data, "utf-8-sig", errors="surrogateescape", newline="") as text:
+    text = io.TextIOWrapper(data, "utf-8-sig", errors="surrogateescape", newline="")
+    try:
         yield csv.reader(text, delimiter=delimiter)
+    finally:
+        text.detach()  # the bytes are closed by whoever opened them
 
 
 def _checked_header(header: list[str], name: str) -> tuple[str, ...]:
