@@ -20,7 +20,7 @@ from vllm_unified.batch.fingerprint import as_noted, check_same
 from vllm_unified.batch.ledger import Counts, Entry, Ledger, Outcome
 from vllm_unified.batch.output import changed_input, row_digest
 from vllm_unified.batch.plan import Job, Plan, Settled
-from vllm_unified.batch.question import Item
+from vllm_unified.batch.question import bare
 from vllm_unified.batch.stream import BatchStream
 from vllm_unified.batch.summary import BatchProgress, BatchSummary, JobStoppedError
 from vllm_unified.batch.workers import Feed, Hand
@@ -31,8 +31,9 @@ from vllm_unified.errors import (
     OutputValidationError,
     VllmError,
 )
+from vllm_unified.wire.requests import GenerationInput
 
-Ask = Callable[[AsyncIterator[Item], Mapping[str, Any]], BatchStream]
+Ask = Callable[[AsyncIterator[GenerationInput], Mapping[str, Any]], BatchStream]
 """Has prompts answered, in order of completion, with parameters for all."""
 OnProgress = Callable[[BatchProgress], object]
 
@@ -220,7 +221,7 @@ class _Run:
 
     async def _prompts(
         self, settled: Settled, first: list[Row], chunks: AsyncIterator[list[Row]]
-    ) -> AsyncIterator[Item]:
+    ) -> AsyncIterator[GenerationInput]:
         """What is to be asked, read as it is needed."""
         number = 0
         chunk: list[Row] | None = first
@@ -240,7 +241,7 @@ class _Run:
                     continue
                 self._under_way[number] = row
                 number += 1
-                yield item
+                yield bare(item)
             chunk = await anext(chunks, None)
         if self._last_done >= self._rows_read:
             raise changed_input(None)

@@ -10,6 +10,7 @@ import msgspec
 from vllm_unified.batch.files.openai_lines import openai_item
 from vllm_unified.batch.template import Template, check_columns, value_of
 from vllm_unified.errors import BadRequestError, ConfigurationError
+from vllm_unified.wire.requests import GenerationInput
 
 Item = dict[str, Any]
 """The fields of a request: ``prompt``, ``messages`` or ``input``, and parameters."""
@@ -60,6 +61,15 @@ def ask_for(asking: Asking, columns: Sequence[str], *, openai: bool) -> Ask:
         check_columns([asking.params_column], columns, "params_column")
     ask = _prompt(asking, columns) if _is_prompt(asking, columns) else _messages(asking, columns)
     return _with_own(ask, asking.params_column) if asking.params_column else ask
+
+
+def bare(item: Item) -> GenerationInput:
+    """The item without its dict, where it is nothing but a prompt or messages: the way on is
+    shorter for those."""
+    if len(item) == 1:
+        found: GenerationInput = item.get("prompt") or item.get("messages") or item
+        return found
+    return item
 
 
 def _is_prompt(asking: Asking, columns: Sequence[str]) -> bool:

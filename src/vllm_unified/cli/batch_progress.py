@@ -31,6 +31,7 @@ class Display:
                 TextColumn("{task.description}", markup=False),
                 console=err,
                 transient=True,
+                refresh_per_second=4,
             )
             self._task = self._bar.add_task("", total=None)
             self._bar.start()
