@@ -105,6 +105,7 @@ class _Run:
         """By position among the prompts."""
         self._done: list[tuple[Row, Entry]] = []
         """Not in the ledger yet."""
+        self._is_full = False
         self._rows_read = 0
         self._read_all = False
 
@@ -130,7 +131,7 @@ class _Run:
         except ConfigurationError:
             raise
         except VllmError as error:
-            await self._flush_if_possible(error)
+            await self._flush_if_possible()
             raise self._stopped(error) from error
         return self._summary()
 
@@ -140,7 +141,7 @@ class _Run:
             self._feed.close()
         if self._answers is not None:
             await self._answers.close()
-        await self._flush_if_possible(None)
+        await self._flush_if_possible()
         await self._hand.do(self._let_go)
         self._hand.close()
 
@@ -318,13 +319,17 @@ class _Run:
         delivery = self._delivery
         if done and delivery is not None:
             counts = msgspec.structs.replace(self._counts)
-            await self._hand.do(lambda: delivery.record(done, counts))
+            try:
+                await self._hand.do(lambda: delivery.record(done, counts))
+            except BatchFileError:
+                self._is_full = True
+                raise
         if self._on_progress is not None:
             self._on_progress(self._progress())
 
-    async def _flush_if_possible(self, failure: VllmError | None) -> None:
-        """Before the end: a ledger that could not be written does not get more."""
-        if self._done and not isinstance(failure, BatchFileError):
+    async def _flush_if_possible(self) -> None:
+        """Before the end: a disk that did not take the last rows does not get more."""
+        if self._done and not self._is_full:
             await self._flush()
 
     # How it does

@@ -258,4 +258,8 @@ def file_error(path: Path, error: Exception, *, is_full: bool = False) -> BatchF
             hint=f"Make room on the disk of {path.absolute().parent}.",
         )
     reason = os.strerror(number) if number else str(error)
-    return BatchFileError(f"{path} cannot be written: {reason}")
+    return BatchFileError(
+        f"{path} cannot be written: {reason}",
+        hint=f"Is the disk of {path.absolute().parent} full or read-only, or is the size of files "
+        "limited?",
+    )
