@@ -22,6 +22,7 @@ from vllm_unified import (
     BatchError,
     BatchStoppedError,
     ChatResult,
+    CircuitOpenError,
     ClientClosedError,
     ConnectionLostError,
     ModelNotFoundError,
@@ -355,7 +356,7 @@ class TestErrors:
             assert caught.value.pending
             assert min(caught.value.pending) == 3
             assert caught.value.is_transient_error
-            assert isinstance(caught.value.__cause__, ConnectionLostError)
+            assert isinstance(caught.value.__cause__, ConnectionLostError | CircuitOpenError)
 
     async def test_a_server_that_is_not_there(self) -> None:
         for kind in KINDS:

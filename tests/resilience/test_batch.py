@@ -31,7 +31,8 @@ def expected() -> list[str]:
 
         async def ask() -> list[str]:
             async with AsyncVllmUnified(api_url=url) as vllm:
-                return await vllm.batch(PROMPTS, **PARAMS)
+                texts: list[str] = await vllm.batch(PROMPTS, **PARAMS)
+                return texts
 
         return asyncio.run(ask())
 

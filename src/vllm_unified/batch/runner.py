@@ -34,7 +34,7 @@ _LONG_TROUBLE = 1.0
 class _Work:
     """A prompt that was read, and has no answer yet."""
 
-    __slots__ = ("began", "error", "index", "prompt", "strikes", "tries")
+    __slots__ = ("began", "error", "index", "prompt", "refused", "strikes", "tries")
 
     def __init__(self, index: int, prompt: PromptRequest) -> None:
         self.index = index
@@ -44,7 +44,16 @@ class _Work:
         self.began = 0.0
         """Of the last try, in monotonic seconds."""
         self.error: VllmError | None = None
-        """Of the last try."""
+        """Of the last try that a server took, or of the last one where none did."""
+        self.refused = True
+        """Whether no server took any try."""
+
+    def failed(self, error: VllmError) -> None:
+        """A try failed."""
+        refused = was_refused(error)
+        if self.refused or not refused:
+            self.error = error
+        self.refused = self.refused and refused
 
 
 class BatchRun:
@@ -263,10 +272,11 @@ class BatchRun:
             self._fail(error)
             return
         blame = blame_of(error, own_model=work.prompt.own_model)
-        work.error = error
+        work.failed(error)
         work.strikes += self._patience.strikes(error, began=work.began)
         if blame == "prompt" or work.strikes >= STRIKES:
-            self._deliver_error(work.index, error, tries=work.tries)
+            said = error if blame == "prompt" else work.error or error
+            self._deliver_error(work.index, said, tries=work.tries)
             return
         now = time.monotonic()
         self._patience.failed(blame, now)
@@ -344,7 +354,7 @@ class BatchRun:
         self._patience.calm()
         for at, ticket, work in again:
             assert work.error is not None
-            work.strikes += 1 if was_refused(work.error) else STRIKES
+            work.strikes += 1 if work.refused else STRIKES
             if work.strikes >= STRIKES:
                 self._deliver_error(work.index, work.error, tries=work.tries)
             else:
