@@ -163,10 +163,15 @@ def body_of(node: ast.FunctionDef | ast.AsyncFunctionDef, source: str, target: s
     owner = "self" if target == "_client" else "self._owner"
     if returns.startswith("GenerationStream"):
         return f"{text}        return BlockingStream(self._thread, {call}, {owner})\n"
+    # Prompts are made by the caller's code, which is run in the caller's thread.
+    items = ""
+    if any(a.arg == "prompts" for a in node.args.args):
+        text += "        prompts = in_callers_thread(prompts)\n"
+        items = ", prompts"
     if returns == "BatchStream":
-        return f"{text}        return BlockingBatchStream(self._thread, {call}, {owner})\n"
+        return f"{text}        return BlockingBatchStream(self._thread, {call}, {owner}{items})\n"
     how = "run" if isinstance(node, ast.AsyncFunctionDef) else "call"
-    made = f"self._thread.{how}(lambda: {call})"
+    made = f"self._thread.{how}(lambda: {call}{items})"
     if returns == "LoadBalancer":
         made = f"BlockingLoadBalancer(self._thread, {made}, {owner})"
     return f"{text}        {'' if returns == 'None' else 'return '}{made}\n"
@@ -204,6 +209,7 @@ def imports_of(trees: Sequence[ast.Module]) -> str:
     }
     kept["from vllm_unified.bridge import BlockingBatchStream, BlockingStream, LoopThread"] = None
     kept["from vllm_unified.client import AsyncVllmUnified"] = None
+    kept["from vllm_unified.feeding import in_callers_thread"] = None
     return "\n".join(sorted(kept, key=lambda line: line.startswith("if ")))
 
 

@@ -40,7 +40,7 @@ LAYERS = [
     ("wire",),
     ("endpoints",),
     ("fleet",),
-    ("arguments", "batch", "handler", "bridge", "configfile", "models"),
+    ("arguments", "batch", "feeding", "handler", "bridge", "configfile", "models"),
     ("client", "batching", "management", "balancer", "blocking"),
 ]
 

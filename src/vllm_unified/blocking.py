@@ -19,6 +19,7 @@ from vllm_unified.endpoints.health import Health
 from vllm_unified.endpoints.stats import EndpointStats, Statistics
 from vllm_unified.errors import VllmError
 from vllm_unified.events import Handler
+from vllm_unified.feeding import in_callers_thread
 from vllm_unified.fleet.directory import EndpointInput, EndpointStatus, FleetInput
 from vllm_unified.handler import EndpointHandler
 from vllm_unified.models.info import ModelInfo
@@ -587,6 +588,7 @@ class VllmUnified:
             BatchStoppedError: while it is read: it was given up.
             BadRequestError, ConfigurationError: a parameter for all prompts is wrong.
         """
+        prompts = in_callers_thread(prompts)
         return BlockingBatchStream(
             self._thread,
             self._client.stream_batch(
@@ -598,6 +600,7 @@ class VllmUnified:
                 **more,
             ),
             self,
+            prompts,
         )
 
     def run_batch(
@@ -754,6 +757,7 @@ class VllmUnified:
         Raises:
             BatchError: some failed; has the answers of the others. Or all of it was given up.
         """
+        prompts = in_callers_thread(prompts)
         return self._thread.run(
             lambda: self._client.process_batch(
                 endpoint_url,
@@ -764,7 +768,8 @@ class VllmUnified:
                 on_progress=on_progress,
                 patience=patience,
                 **more,
-            )
+            ),
+            prompts,
         )
 
     @overload
@@ -822,6 +827,7 @@ class VllmUnified:
         **more: Any,
     ) -> Any:
         """The texts of :meth:`process_batch`, and what they took: time, tokens, requests."""
+        prompts = in_callers_thread(prompts)
         return self._thread.run(
             lambda: self._client.process_batch_with_metrics(
                 endpoint_url,
@@ -832,7 +838,8 @@ class VllmUnified:
                 on_progress=on_progress,
                 patience=patience,
                 **more,
-            )
+            ),
+            prompts,
         )
 
     @overload
@@ -852,7 +859,10 @@ class VllmUnified:
 
     def batch(self, prompts: Prompts, *, on_error: OnError = "raise", **params: Any) -> Any:
         """The texts that answer many prompts at the default server; see :meth:`process_batch`."""
-        return self._thread.run(lambda: self._client.batch(prompts, on_error=on_error, **params))
+        prompts = in_callers_thread(prompts)
+        return self._thread.run(
+            lambda: self._client.batch(prompts, on_error=on_error, **params), prompts
+        )
 
     def list_models(
         self, endpoint_url: Where = None, *, timeout: float | None = None
@@ -1163,7 +1173,8 @@ class BlockingLoadBalancer(Balanced):
 
     def batch(self, prompts: Prompts, **params: Any) -> list[str]:
         """The texts that answer many prompts; see :meth:`AsyncVllmUnified.process_batch`."""
-        return self._thread.run(lambda: self._balancer.batch(prompts, **params))
+        prompts = in_callers_thread(prompts)
+        return self._thread.run(lambda: self._balancer.batch(prompts, **params), prompts)
 
     def add_endpoint(self, endpoint: EndpointInput) -> Endpoint:
         """Take an endpoint in, or make one from an address or a dict."""

@@ -18,6 +18,7 @@ from vllm_unified.batch.answer import BatchAnswer
 from vllm_unified.batch.metrics import BatchMetrics
 from vllm_unified.batch.stream import BatchStream
 from vllm_unified.errors import ClientClosedError, StreamEnding, VllmError
+from vllm_unified.feeding import CallersIterable
 from vllm_unified.fleet.stream import GenerationStream
 from vllm_unified.results import GenerationResult, StreamChunk, Usage
 
@@ -71,11 +72,14 @@ class LoopThread:
             self._loop.close()
             _running.discard(self)
 
-    def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def run(self, call: Callable[[], Coroutine[Any, Any, T]], items: object = None) -> T:
         """Call on the loop, and wait for the end. An interrupt (Ctrl-C) cancels what was begun.
 
         The coroutine is made on the loop as well: an interrupt can come between any two steps of
         this thread, and would leave one that nobody awaits.
+
+        Args:
+            items: Where the call reads a :class:`CallersIterable`, it is read here meanwhile.
 
         Raises:
             ClientClosedError: the loop is closed, or was closed meanwhile, belongs to the parent of
@@ -84,6 +88,8 @@ class LoopThread:
         outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
         try:
             self._submit(call, outcome)
+            if isinstance(items, CallersIterable):
+                _serve(items, outcome)
             return _wait(outcome)
         except concurrent.futures.CancelledError:
             raise ClientClosedError("this client was closed before the call was done") from None
@@ -183,6 +189,13 @@ def _wait(outcome: concurrent.futures.Future[T]) -> T:
     return outcome.result()
 
 
+def _serve(items: CallersIterable[Any], outcome: concurrent.futures.Future[T]) -> None:
+    """Read items that the loop asks for, until the outcome is there."""
+    outcome.add_done_callback(lambda _: items.wake())
+    while not outcome.done():
+        items.run_errands(_SIGNAL_SECONDS)
+
+
 def _begin(
     call: Callable[[], Coroutine[Any, Any, T]], outcome: concurrent.futures.Future[T]
 ) -> None:
@@ -234,11 +247,15 @@ class _Readable(Protocol[P]):
 class _BlockingReader(Generic[P]):
     """Takes the pieces of what runs on the loop over to the caller's thread, many at a time."""
 
-    def __init__(self, thread: LoopThread, source: _Readable[P], owner: object) -> None:
-        """``owner`` ends the thread when it is collected, so it is held here."""
+    def __init__(
+        self, thread: LoopThread, source: _Readable[P], owner: object, items: object = None
+    ) -> None:
+        """``owner`` ends the thread when it is collected, so it is held here. ``items`` are what
+        it is made of, if that is read in the caller's thread."""
         self._thread = thread
         self._source = source
         self._owner = owner
+        self._items = items
         self._ready: deque[P] = deque()
 
     def __iter__(self) -> Self:
@@ -255,10 +272,12 @@ class _BlockingReader(Generic[P]):
         """End it; the servers stop generating. May be called twice."""
         if not self._thread.closed:  # with the client, all connections were closed
             self._thread.run(self._source.close)
+        if isinstance(self._items, CallersIterable):
+            self._items.close()
 
     def _read(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         try:
-            return self._thread.run(call)
+            return self._thread.run(call, self._items)
         except KeyboardInterrupt:
             # It may have come together with a piece, and have cancelled nothing.
             self.close()
@@ -332,9 +351,11 @@ class BlockingBatchStream(_BlockingReader[BatchAnswer]):
     The blocking form of :class:`BatchStream`; all that is said there holds here.
     """
 
-    def __init__(self, thread: LoopThread, stream: BatchStream, owner: object) -> None:
+    def __init__(
+        self, thread: LoopThread, stream: BatchStream, owner: object, prompts: object
+    ) -> None:
         """``owner`` ends the thread when it is collected, so it is held here."""
-        super().__init__(thread, stream, owner)
+        super().__init__(thread, stream, owner, prompts)
         self._stream = stream
 
     @property

@@ -6,13 +6,18 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+from vllm_unified.endpoints.verdict import verdict_of
 from vllm_unified.errors import (
     AuthenticationError,
+    CircuitOpenError,
     ConfigurationError,
+    ConnectError,
     EngineDeadError,
     ModelNotFoundError,
     NotFoundError,
     PermissionDeniedError,
+    QueueFullError,
+    QueueTimeoutError,
     ServerError,
     TLSError,
     VllmError,
@@ -24,6 +29,8 @@ FIRST_PATIENCE = 10.0
 """Seconds, of a batch that had none yet: more likely than an outage is a wrong address."""
 STRIKES = 4
 """How often a prompt may fail that others, or the server's own words, show to be the reason."""
+OF_A_REFUSAL = 1 / 8
+"""Strikes. Nothing was generated, and many may be refused while a limit is found."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0
 """Seconds; full jitter, as in ``endpoints.retry``."""
 _GATEWAYS = (502, 503, 504)
@@ -50,6 +57,12 @@ def blame_of(error: VllmError, *, own_model: bool) -> Blame:
         TLSError,
     )
     return "setup" if isinstance(error, setup) else "prompt"
+
+
+def was_refused(error: VllmError) -> bool:
+    """Whether no server took the prompt."""
+    kinds = (CircuitOpenError, ConnectError, QueueFullError, QueueTimeoutError)
+    return isinstance(error, kinds) or verdict_of(error) == "overloaded"
 
 
 class Patience:
@@ -96,23 +109,29 @@ class Patience:
         """There is nothing more to be tried again."""
         self.trouble = None
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether address, key or model were wrong from the beginning, by the last failure."""
+        return self._setup and self._last_success == -math.inf
+
     def is_over(self, now: float) -> bool:
-        """Whether to begin nothing more: trouble lasts too long, or key, model or address were
-        wrong from the beginning."""
+        """Whether to begin nothing more: trouble lasts too long, or it is hopeless."""
         if self.trouble is None:
             return False
-        if self._setup and self._last_success == -math.inf:
-            return True
-        return now - self.trouble >= self.seconds
+        return self.is_hopeless or now - self.trouble >= self.seconds
 
-    def is_strike(self, error: VllmError, *, began: float) -> bool:
-        """Whether this failure of a try that began then tells of the prompt more than of the
-        server: others succeeded meanwhile, or the server itself answered that it failed."""
-        if self._last_success > began:
-            return True
+    def strikes(self, error: VllmError, *, began: float) -> float:
+        """How much this failure of a try, which began then, tells of the prompt rather than of the
+        server: something if others succeeded meanwhile, or if the server answered that it failed;
+        little if the prompt was not even taken."""
+        others = self._last_success > began
+        if was_refused(error):
+            return OF_A_REFUSAL if others else 0.0
+        if others:
+            return 1.0
         if isinstance(error, EngineDeadError) or not isinstance(error, ServerError):
-            return False
-        return error.status_code is not None and error.status_code not in _GATEWAYS
+            return 0.0
+        return float(error.status_code is not None and error.status_code not in _GATEWAYS)
 
     def pause(self, tries: int, error: VllmError, random: Callable[[], float]) -> float:
         """Seconds until the next try, after so many; ``random`` is uniform in [0, 1)."""

@@ -8,12 +8,11 @@ from typing import Any
 import msgspec
 
 from vllm_unified.arguments import call_arguments
-from vllm_unified.errors import BadRequestError
 from vllm_unified.settings import Settings
 from vllm_unified.wire.requests import (
     GenerationInput,
+    RequestTemplate,
     WireRequest,
-    chat_request,
     generation_fields,
     generation_request,
 )
@@ -24,7 +23,8 @@ BATCH_TIMEOUT = 300.0
 answer takes longer then than when it is alone."""
 _DEFAULT_TIMEOUT = Settings().timeout
 _MODELS = frozenset({"model", "lora_adapter", "loraAdapter"})
-_ANY_MESSAGES = [{"role": "user", "content": "a"}]
+_MOST_STRUCTURES = 64
+"""Types that are remembered; rows of a generator may each have a schema of its own."""
 
 
 class PromptRequest(msgspec.Struct, frozen=True):
@@ -48,9 +48,12 @@ class RequestMaker:
             settings = msgspec.structs.replace(settings, timeout=BATCH_TIMEOUT)
         self._settings = settings
         self._shared = {name: value for name, value in shared.items() if value is not None}
-        self._structures: dict[Any, OutputStructure] = {}
+        self._structures: dict[int, tuple[Any, OutputStructure]] = {}
         # What is wrong for all is said before anything is sent.
-        self.make(_ANY_MESSAGES if "response_model" in self._shared else "a")
+        self._chats = self._template("messages", [{"role": "user", "content": "a"}])
+        self._prompts: _Template | None = None
+        if "response_model" not in self._shared:
+            self._prompts = self._template("prompt", "a")
 
     def make(self, prompt: GenerationInput) -> PromptRequest:
         """The request of one prompt.
@@ -58,27 +61,51 @@ class RequestMaker:
         Raises:
             VllmError: it cannot be sent.
         """
+        template = self._template_for(prompt)
+        if template is not None:
+            return PromptRequest(template.requests.request(prompt), template.settings, False)
         own = generation_fields(prompt)
         own_model = any(own.get(name) is not None for name in _MODELS)
+        settings, fields, structure = self._call(own, own_model=own_model)
+        return PromptRequest(generation_request(fields, structure=structure), settings, own_model)
+
+    def _template_for(self, prompt: GenerationInput) -> _Template | None:
+        """The template for a prompt without parameters of its own; ``None`` where there is none."""
+        if isinstance(prompt, str):
+            return self._prompts
+        if isinstance(prompt, list) and prompt:
+            if isinstance(prompt[0], int):
+                return self._prompts
+            if isinstance(prompt[0], dict):
+                return self._chats
+        return None
+
+    def _template(self, name: str, value: Any) -> _Template | None:
+        settings, fields, structure = self._call({name: value}, own_model=False)
+        requests = RequestTemplate.of(fields, structure=structure)
+        return None if requests is None else _Template(requests, settings)
+
+    def _call(
+        self, own: Mapping[str, Any], *, own_model: bool
+    ) -> tuple[Settings, dict[str, Any], OutputStructure | None]:
         shared = self._shared
         if own_model:
             shared = {name: value for name, value in shared.items() if name not in _MODELS}
         settings, fields = call_arguments(self._settings, shared, None, own, {})
         response_model = fields.pop("response_model", None)
-        if response_model is None:
-            return PromptRequest(generation_request(fields), settings, own_model)
-        if "messages" not in fields:
-            raise BadRequestError(
-                "response_model is for messages, and this is a prompt",
-                hint='Give [{"role": "user", "content": ...}], or structured_outputs={...}.',
-            )
-        structure = self._structure(response_model)
-        request = chat_request(fields.pop("messages"), fields, structure=structure)
-        return PromptRequest(request, settings, own_model)
+        structure = None if response_model is None else self._structure(response_model)
+        return settings, fields, structure
 
     def _structure(self, response_model: Any) -> OutputStructure:
-        if isinstance(response_model, Mapping):
-            return output_structure(response_model)
-        if response_model not in self._structures:
-            self._structures[response_model] = output_structure(response_model)
-        return self._structures[response_model]
+        """Made once for each type: that takes longer than a request."""
+        known = self._structures.get(id(response_model))
+        if known is None:
+            known = (response_model, output_structure(response_model))
+            if len(self._structures) < _MOST_STRUCTURES:
+                self._structures[id(response_model)] = known
+        return known[1]
+
+
+class _Template(msgspec.Struct, frozen=True):
+    requests: RequestTemplate
+    settings: Settings

@@ -12,9 +12,10 @@ from random import random
 from vllm_unified.batch.answer import BatchAnswer
 from vllm_unified.batch.errors import BatchStoppedError
 from vllm_unified.batch.metrics import BatchMetrics, Counter
-from vllm_unified.batch.patience import STRIKES, Patience, blame_of
+from vllm_unified.batch.patience import STRIKES, Patience, blame_of, was_refused
 from vllm_unified.batch.requests import PromptRequest, RequestMaker
 from vllm_unified.batch.source import END, Source
+from vllm_unified.endpoints.health import best_health
 from vllm_unified.errors import ClientClosedError, VllmError
 from vllm_unified.fleet.fleet import Fleet
 from vllm_unified.wire.responses import generation_decoder
@@ -25,6 +26,7 @@ if those are more."""
 ORDERED_WINDOW = 1024
 """Prompts that may be begun beyond the one whose answer is next; or eight times as many as are
 under way. One slow answer holds back all that come after it."""
+_PROBE_SECONDS = 10.0
 _LONG_TROUBLE = 1.0
 """Seconds after which the end of trouble is the end of an outage."""
 
@@ -32,17 +34,26 @@ _LONG_TROUBLE = 1.0
 class _Work:
     """A prompt that was read, and has no answer yet."""
 
-    __slots__ = ("began", "error", "index", "prompt", "strikes", "tries")
+    __slots__ = ("began", "error", "index", "prompt", "refused", "strikes", "tries")
 
     def __init__(self, index: int, prompt: PromptRequest) -> None:
         self.index = index
         self.prompt = prompt
         self.tries = 0
-        self.strikes = 0
+        self.strikes = 0.0
         self.began = 0.0
         """Of the last try, in monotonic seconds."""
         self.error: VllmError | None = None
-        """Of the last try."""
+        """Of the last try that a server took, or of the last one where none did."""
+        self.refused = True
+        """Whether no server took any try."""
+
+    def failed(self, error: VllmError) -> None:
+        """A try failed."""
+        refused = was_refused(error)
+        if self.refused or not refused:
+            self.error = error
+        self.refused = self.refused and refused
 
 
 class BatchRun:
@@ -75,6 +86,7 @@ class BatchRun:
         self._again: list[tuple[float, int, _Work]] = []
         """Prompts that are to be tried again: a heap by time."""
         self._tickets = count()
+        self._judge: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._ready: deque[BatchAnswer] = deque()
         self._out_of_order: dict[int, BatchAnswer] = {}
@@ -137,31 +149,38 @@ class BatchRun:
 
     async def close(self) -> None:
         """Leave what is under way, and read no more. May be called twice."""
-        workers = self.cancel()
-        if workers:
-            await asyncio.wait(workers)
+        tasks = self.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
         await self._source.close()
 
     def cancel(self) -> list[asyncio.Task[None]]:
-        """Have the workers leave what they do; they are returned."""
+        """Have all tasks leave what they do; they are returned."""
         if not self._ended:
             self._fail(ClientClosedError("this batch was closed before its end"))
             self._end()
-        workers = list(self._workers)
-        for worker in workers:
-            worker.cancel()
-        return workers
+        tasks = [*self._workers] + ([] if self._judge is None else [self._judge])
+        for task in tasks:
+            task.cancel()
+        return tasks
 
     # Workers
+
+    @property
+    def _hands(self) -> int:
+        """How many workers there may be. One takes up its next prompt in the moment in which the
+        last is answered, and needs nobody in line behind it, unless prompts take their time."""
+        return self._fleet.appetite if self._source.waits else self._fleet.capacity
 
     def _begin(self) -> None:
         self._begun = True
         self._counter.begin(time.monotonic())
+        self._fleet.widen(self._source.size)
         self._hire()
 
     def _hire(self) -> None:
         """One more worker, if there is something to do for one."""
-        if self._ended or len(self._workers) >= self._fleet.appetite or not self._is_work():
+        if self._ended or len(self._workers) >= self._hands or not self._is_work():
             return
         worker = asyncio.get_running_loop().create_task(self._work())
         self._workers.add(worker)
@@ -181,15 +200,15 @@ class BatchRun:
         source = self._source
         if source.is_empty or source.is_busy or self._failure is not None:
             return False
-        appetite = self._fleet.appetite
-        if len(self._again) >= appetite:
+        hands = self._hands
+        if len(self._again) >= hands:
             return False
         if self._ordered:
             ahead = self._counter.prompts - self._next_index
-            self._is_held_back = ahead >= max(ORDERED_WINDOW, 8 * appetite)
+            self._is_held_back = ahead >= max(ORDERED_WINDOW, 8 * hands)
         else:
             self._is_held_back = False
-        if len(self._ready) >= max(SMALLEST_WINDOW, appetite):
+        if len(self._ready) >= max(SMALLEST_WINDOW, hands):
             self._is_held_back = True
         return not self._is_held_back
 
@@ -197,7 +216,7 @@ class BatchRun:
         while (work := await self._take()) is not None:
             self._hire()
             await self._send(work)
-            if len(self._workers) > self._fleet.appetite:
+            if len(self._workers) > self._hands:
                 return
 
     async def _take(self) -> _Work | None:
@@ -253,11 +272,11 @@ class BatchRun:
             self._fail(error)
             return
         blame = blame_of(error, own_model=work.prompt.own_model)
-        work.error = error
-        if self._patience.is_strike(error, began=work.began):
-            work.strikes += 1
+        work.failed(error)
+        work.strikes += self._patience.strikes(error, began=work.began)
         if blame == "prompt" or work.strikes >= STRIKES:
-            self._deliver_error(work.index, error, tries=work.tries)
+            said = error if blame == "prompt" else work.error or error
+            self._deliver_error(work.index, said, tries=work.tries)
             return
         now = time.monotonic()
         self._patience.failed(blame, now)
@@ -278,7 +297,10 @@ class BatchRun:
         if not self._again and not self._sending:
             self._patience.calm()
         if self._patience.is_over(time.monotonic()) and not self._sending:
-            self._give_up()
+            if self._patience.is_hopeless:
+                self._give_up()
+            elif self._judge is None:
+                self._judge = asyncio.get_running_loop().create_task(self._judge_servers())
         elif not self._workers and not self._again and self._source_is_over:
             self._end()
         else:
@@ -314,6 +336,31 @@ class BatchRun:
         ]
         heapq.heapify(self._again)
         self._set_alarm()
+
+    async def _judge_servers(self) -> None:
+        """The patience is over: are the servers at fault, or the few prompts that were left?"""
+        try:
+            health = await best_health(self._fleet.endpoints, probe=True, timeout=_PROBE_SECONDS)
+            is_well = health.healthy
+        except VllmError:
+            is_well = False  # there are no servers any more
+        self._judge = None
+        if self._ended:
+            return
+        if not is_well:
+            self._give_up()
+            return
+        again, self._again = self._again, []
+        self._patience.calm()
+        for at, ticket, work in again:
+            assert work.error is not None
+            work.strikes += 1 if work.refused else STRIKES
+            if work.strikes >= STRIKES:
+                self._deliver_error(work.index, work.error, tries=work.tries)
+            else:
+                heapq.heappush(self._again, (at, ticket, work))
+        self._set_alarm()
+        self._look()
 
     def _give_up(self) -> None:
         pending = sorted((work for _, _, work in self._again), key=lambda work: work.began)

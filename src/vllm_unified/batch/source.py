@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from operator import length_hint
 from typing import Any
 
 from vllm_unified.errors import BadRequestError
@@ -42,6 +50,8 @@ class Source:
             raise BadRequestError(
                 f"prompts must be an iterable of prompts, not {type(prompts).__name__}"
             )
+        self.size = length_hint(prompts) or None
+        """About how many prompts there are, where that is known."""
         self.is_busy = False
         """Whether somebody waits for the next prompt."""
         self.is_empty = False
