@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from vllm_unified.balancer import Balanced, Where
@@ -129,6 +128,7 @@ class Batching:
         from vllm_unified.batch.plan import Job
         from vllm_unified.batch.question import Asking
 
+        fleet = self._fleet(endpoint_url)
         shared = {**(params or {}), **more}
         job = Job(
             input=os.fspath(input),
@@ -140,7 +140,7 @@ class Batching:
                 chat=chat,
                 params_column=params_column,
             ),
-            model=model or shared.pop("model", None) or self._fleet(endpoint_url).settings.model,
+            model=model or shared.pop("model", None) or fleet.settings.model,
             params=shared,
             response_model=response_model,
             columns=columns,
@@ -153,7 +153,12 @@ class Batching:
             strict=strict,
             ledger=None if ledger is None else os.fspath(ledger),
         )
-        ask = partial(self.stream_batch, endpoint_url=endpoint_url, patience=patience, model=model)
+
+        def ask(prompts: Prompts, shared: Mapping[str, Any]) -> BatchStream:
+            requests = RequestMaker(fleet.settings, shared, embeddings=True)
+            source = Source(prompts, by_priority=False)
+            return BatchStream(BatchRun(fleet, source, requests, ordered=False, patience=patience))
+
         return await run_job(job, ask, on_progress=on_progress)
 
     @overload

@@ -67,6 +67,29 @@ async def test_each_line_is_answered_with_what_the_server_said(
     assert by_path["/v1/completions"] == COMPLETION["body"]
 
 
+@pytest.mark.vllm_simulator(tasks=("embed",), embedding_size=8)
+async def test_lines_that_ask_for_embeddings(
+    vllm_simulator: BackgroundSimulator, tmp_path: Path
+) -> None:
+    lines = [
+        {"custom_id": "e", "url": "/v1/embeddings", "body": {"model": "sim", "input": text}}
+        for text in ("a", ["a", "b"])
+    ]
+    source = write(tmp_path / "in.jsonl", *lines)
+    one, two = await run(vllm_simulator, source, tmp_path / "out.jsonl")
+    assert [len(each["embedding"]) for each in one["response"]["body"]["data"]] == [8]
+    assert len(two["response"]["body"]["data"]) == 2
+    rows = await run(
+        vllm_simulator,
+        source,
+        tmp_path / "rows.jsonl",
+        output_format="jsonl",
+        columns=["embedding", "error"],
+        keep=[],
+    )
+    assert rows[0]["embedding"] == one["response"]["body"]["data"][0]["embedding"]
+
+
 async def test_a_line_that_fails_has_the_error_in_vllms_shape(
     vllm_simulator: BackgroundSimulator, tmp_path: Path
 ) -> None:
@@ -131,6 +154,7 @@ async def test_a_template_has_no_place_beside_such_lines(
         {**CHAT, "body": "x"},
         {**CHAT, "url": "/v1/completions"},
         {**COMPLETION, "url": "/v1/embeddings"},
+        {**CHAT, "url": "/v1/embeddings", "body": {"input": "a", "encoding_format": "base64"}},
     ],
 )
 def test_what_is_no_such_line(line: dict[str, Any]) -> None:

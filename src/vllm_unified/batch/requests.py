@@ -13,6 +13,7 @@ from vllm_unified.wire.requests import (
     GenerationInput,
     RequestTemplate,
     WireRequest,
+    embedding_request,
     generation_fields,
     generation_request,
 )
@@ -39,14 +40,18 @@ class PromptRequest(msgspec.Struct, frozen=True):
 class RequestMaker:
     """Makes the requests of a batch: parameters for all, and those of a prompt, which win."""
 
-    def __init__(self, settings: Settings, shared: Mapping[str, Any]) -> None:
-        """
+    def __init__(
+        self, settings: Settings, shared: Mapping[str, Any], *, embeddings: bool = False
+    ) -> None:
+        """``embeddings``: a dict with ``input`` asks for some.
+
         Raises:
             BadRequestError, ConfigurationError: a shared parameter is wrong.
         """
         if settings.timeout == _DEFAULT_TIMEOUT:
             settings = msgspec.structs.replace(settings, timeout=BATCH_TIMEOUT)
         self._settings = settings
+        self._embeddings = embeddings
         self._shared = {name: value for name, value in shared.items() if value is not None}
         self._structures: dict[int, tuple[Any, OutputStructure]] = {}
         # What is wrong for all is said before anything is sent.
@@ -67,6 +72,9 @@ class RequestMaker:
         own = generation_fields(prompt)
         own_model = any(own.get(name) is not None for name in _MODELS)
         settings, fields, structure = self._call(own, own_model=own_model)
+        if self._embeddings and "input" in fields:
+            data, model = fields.pop("input"), fields.pop("model", None)
+            return PromptRequest(embedding_request(data, model, fields), settings, own_model)
         return PromptRequest(generation_request(fields, structure=structure), settings, own_model)
 
     def _template_for(self, prompt: GenerationInput) -> _Template | None:

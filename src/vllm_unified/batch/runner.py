@@ -18,7 +18,7 @@ from vllm_unified.batch.source import END, Source
 from vllm_unified.endpoints.health import best_health
 from vllm_unified.errors import ClientClosedError, VllmError
 from vllm_unified.fleet.fleet import Fleet
-from vllm_unified.wire.responses import generation_decoder
+from vllm_unified.wire.responses import answer_decoder
 
 SMALLEST_WINDOW = 64
 """Answers that may wait for the consumer before nothing new is begun; or as many as are under way,
@@ -249,7 +249,7 @@ class BatchRun:
         self._sending += 1
         try:
             result = await self._fleet.send(
-                prompt.request, prompt.settings, generation_decoder(prompt.request)
+                prompt.request, prompt.settings, answer_decoder(prompt.request)
             )
         except VllmError as error:
             self._sending -= 1

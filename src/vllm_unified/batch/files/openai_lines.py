@@ -45,6 +45,8 @@ def openai_item(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise BadRequestError("a request of a batch cannot stream")
     if body.get(subject) is None:
         raise BadRequestError(f"the body for {url} has no {subject!r}")
+    if url == EMBEDDINGS and body.get("encoding_format", "float") != "float":
+        raise BadRequestError("the encoding_format of embeddings must be float")
     others = set(_SUBJECTS.values()) - {subject}
     return {name: value for name, value in body.items() if name not in others | {"stream"}}
 
