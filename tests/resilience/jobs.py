@@ -87,6 +87,9 @@ def ended(
 ) -> Report:
     """Send a signal at random moments, and go on each time, until it was ended so often."""
     moments = random.Random(seed)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As shells start jobs in the background, and programs would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     source, expected, took = whole(folder, servers, rows, *more)
     endings = jobs = wrong = 0
