@@ -156,12 +156,12 @@ async def bare(url: str, prompts: list[str]) -> int:
         await transport.close()
 
 
-def timed(call: Callable[[], Awaitable[int]], prompts: list[str]) -> float:
-    """Tokens per second of a call that gives the tokens."""
+def timed(way: Callable[[list[str]], Awaitable[int]], prompts: list[str]) -> float:
+    """Tokens per second."""
 
     async def run() -> float:
         began = time.perf_counter()
-        tokens = await call()
+        tokens = await way(prompts)
         return check(tokens, prompts) / (time.perf_counter() - began)
 
     return asyncio.run(run())
@@ -173,6 +173,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help='JSON lines with a "question"')
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--brief", action="store_true", help="only the first three, and no bare loop"
+    )
     chosen = parser.parse_args()
     lines = chosen.data.read_text().splitlines()[: chosen.prompts]
     questions = [json.loads(line)["question"] for line in lines]
@@ -193,29 +196,26 @@ def main() -> None:
         found.setdefault(name, []).append(rate)
         print(f"{name:36}{rate:7.1f} tokens/s", flush=True)
 
+    ways = {
+        "batch": lambda prompts: ours(server.url, prompts),
+        f"openai-python, {len(questions)} at once": lambda prompts: openai_python(
+            server.url, server.model, prompts, len(questions)
+        ),
+        "openai-python, 32 at once": lambda prompts: openai_python(
+            server.url, server.model, prompts, 32
+        ),
+        "bare loop, all at once": lambda prompts: bare(server.url, prompts),
+    }
+    if chosen.brief:
+        ways = dict(list(ways.items())[:2])
     try:
         with Offline(engine, spec) as offline:
-            for warm_up in (True, *[False] * chosen.rounds):
-                if warm_up:
-                    found.clear()
-                prompts = fresh()
-                note("LLM.generate", offline.run(prompts))
-                prompts = fresh()
-                note("batch", timed(lambda prompts=prompts: ours(server.url, prompts), prompts))
-                prompts = fresh()
-                note("bare", timed(lambda prompts=prompts: bare(server.url, prompts), prompts))
-                for at_once in (32, len(questions)):
-                    prompts = fresh()
-                    rate = timed(
-                        lambda prompts=prompts, at_once=at_once: openai_python(
-                            server.url, server.model, prompts, at_once
-                        ),
-                        prompts,
-                    )
-                    note(f"openai-python, {at_once} at once", rate)
-                if warm_up:
-                    found.clear()
-                    print("warm", flush=True)
+            offline.run(fresh()[:8])
+            timed(ways["batch"], fresh()[:8])
+            for _ in range(chosen.rounds):
+                note("LLM.generate", offline.run(fresh()))
+                for name, way in ways.items():
+                    note(name, timed(way, fresh()))
     finally:
         asyncio.run(server.stop())
     offline_rate = statistics.median(found["LLM.generate"])

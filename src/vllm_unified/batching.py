@@ -28,6 +28,7 @@ class Batching:
         endpoint_url: Where = None,
         ordered: bool = False,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> BatchStream:
         """The answers to many prompts, each as soon as it is there.
@@ -47,6 +48,8 @@ class Batching:
             ordered: In the order of the prompts.
             patience: Seconds in which nothing succeeds after which it is given up; by default 60,
                 and 10 before the first success.
+            pack: How many prompts share a request; those with parameters of their own, and
+                messages, never do. ``None``: as many as is found to pay, and mostly one.
 
         Raises:
             BatchStoppedError: while it is read: it was given up.
@@ -57,7 +60,8 @@ class Batching:
         )
         requests = RequestMaker(where.settings, {**(params or {}), **more})
         source = Source(prompts, by_priority=not ordered)
-        return BatchStream(BatchRun(where, source, requests, ordered=ordered, patience=patience))
+        run = BatchRun(where, source, requests, ordered=ordered, patience=patience, pack=pack)
+        return BatchStream(run)
 
     @overload
     async def process_batch(
