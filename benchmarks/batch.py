@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -93,11 +94,11 @@ async def bare(url: str, prompts: list[str]) -> int:
     return answered
 
 
-async def batch(url: str, prompts: list[str]) -> int:
+async def batch(url: str, prompts: list[str], pack: int | None = 1) -> int:
     """The prompts by the client, their answers taken and dropped; how many were answered."""
     async with (
         AsyncVllmUnified(api_url=url, max_concurrent_requests=AT_ONCE) as vllm,
-        vllm.stream_batch(prompts, PARAMS) as answers,
+        vllm.stream_batch(prompts, PARAMS, pack=pack) as answers,
     ):
         return sum([answer.error is None async for answer in answers])
 
@@ -112,15 +113,22 @@ async def measure(run: Callable[[], Awaitable[int]]) -> tuple[float, float]:
 
 async def compare(url: str, prompts: list[str]) -> None:
     """Both, turn by turn; medians."""
-    found: dict[str, list[tuple[float, float]]] = {"bare loop": [], "stream_batch": []}
-    for run in (bare, batch):
-        await run(url, prompts[:WARM_UP])
+    ways: dict[str, Callable[[list[str]], Awaitable[int]]] = {
+        "bare loop": lambda given: bare(url, given),
+        "stream_batch, pack=1": lambda given: batch(url, given),
+        "stream_batch, pack=4": lambda given: batch(url, given, 4),
+        "stream_batch, pack=16": lambda given: batch(url, given, 16),
+        "stream_batch": lambda given: batch(url, given, None),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for way in ways.values():
+        await way(prompts[:WARM_UP])
     for _ in range(ROUNDS):
-        found["bare loop"].append(await measure(lambda: bare(url, prompts)))
-        found["stream_batch"].append(await measure(lambda: batch(url, prompts)))
+        for name, way in ways.items():
+            found[name].append(await measure(partial(way, prompts)))
     for name, figures in found.items():
         cpu, rate = (statistics.median(values) for values in zip(*figures, strict=True))
-        print(f"{name + ':':14}{rate:8,.0f} prompts/s {cpu:8.1f} us of CPU a prompt")
+        print(f"{name + ':':22}{rate:8,.0f} prompts/s {cpu:8.1f} us of CPU a prompt")
 
 
 async def remember(url: str, prompts: list[str]) -> None:
@@ -129,7 +137,7 @@ async def remember(url: str, prompts: list[str]) -> None:
     marks = []
     async with (
         AsyncVllmUnified(api_url=url, max_concurrent_requests=AT_ONCE) as vllm,
-        vllm.stream_batch(prompts, PARAMS) as answers,
+        vllm.stream_batch(prompts, PARAMS, pack=1) as answers,
     ):
         done = 0
         async for _ in answers:

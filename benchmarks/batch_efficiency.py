@@ -2,7 +2,7 @@
 
     python benchmarks/batch_efficiency.py --data gsm8k_test.jsonl [--prompts 96] [--rounds 5]
 
-The same work for all: so many problems of GSM8K, 64 tokens each, the end of the text ignored. Four
+The same work for all: so many problems of GSM8K, 64 tokens each, the end of the text ignored. Five
 ways, turn by turn, so that they share whatever else the machine does: ``LLM.generate`` in the
 engine's own environment; ``batch`` of this client; openai-python with a semaphore; and a loop over
 the bare transport with all prompts in flight, which is what HTTP costs without a client. Each run
@@ -36,8 +36,7 @@ from vllm_unified.wire.http import AiohttpTransport
 from vllm_unified.wire.requests import generation_request
 from vllm_unified.wire.responses import generation_decoder
 
-TOKENS = 64
-PARAMS = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+PARAMS = {"temperature": 0, "ignore_eos": True}
 OFFLINE = """
 import json, sys, time
 from vllm import LLM, SamplingParams
@@ -62,13 +61,14 @@ if __name__ == "__main__":
 class Offline:
     """vLLM's own ``LLM`` in a process of the engine's environment."""
 
-    def __init__(self, engine: Engine, spec: ServerSpec) -> None:
+    def __init__(self, engine: Engine, spec: ServerSpec, tokens: int) -> None:
+        self._tokens = tokens
         folder = tempfile.mkdtemp()
         self._answer = Path(folder) / "answer.json"
         script = Path(folder) / "offline.py"
         script.write_text(OFFLINE)
         self._process = subprocess.Popen(
-            [engine.python, str(script), spec.model, str(TOKENS), str(self._answer)],
+            [engine.python, str(script), spec.model, str(tokens), str(self._answer)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -93,7 +93,8 @@ class Offline:
         self._process.stdin.flush()
         self._wait("done")
         tokens, seconds = json.loads(self._answer.read_text())
-        return check(tokens, prompts) / float(seconds)
+        assert tokens == self._tokens * len(prompts), (tokens, len(prompts))
+        return float(tokens / seconds)
 
     def __enter__(self) -> Self:
         return self
@@ -104,25 +105,24 @@ class Offline:
         self._process.wait(60)
 
 
-def check(tokens: int, prompts: list[str]) -> int:
-    """The tokens, if all was generated."""
-    assert tokens == TOKENS * len(prompts), (tokens, len(prompts))
-    return tokens
+async def ours(url: str, tokens: int, prompts: list[str], pack: int | None = None) -> int:
+    """``stream_batch``, as anybody would call it; tokens."""
+    params = {**PARAMS, "max_tokens": tokens}
+    async with (
+        AsyncVllmUnified(api_url=url) as vllm,
+        vllm.stream_batch(prompts, params, pack=pack) as answers,
+    ):
+        async for answer in answers:
+            assert answer.error is None, answer.error
+        return answers.metrics.completion_tokens
 
 
-async def ours(url: str, prompts: list[str]) -> int:
-    """``batch``, as anybody would call it; tokens."""
-    async with AsyncVllmUnified(api_url=url) as vllm:
-        done = await vllm.process_batch_with_metrics(None, prompts, None, PARAMS)
-    return done.metrics.completion_tokens
-
-
-async def openai_python(url: str, model: str, prompts: list[str], at_once: int) -> int:
+async def openai_python(url: str, model: str, tokens: int, prompts: list[str], at_once: int) -> int:
     """openai-python with a semaphore; tokens."""
     import openai
 
     gate = asyncio.Semaphore(at_once)
-    options: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0}
+    options: dict[str, Any] = {"max_tokens": tokens, "temperature": 0}
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as client:
 
         async def answer(prompt: str) -> int:
@@ -136,13 +136,13 @@ async def openai_python(url: str, model: str, prompts: list[str], at_once: int) 
         return sum(await asyncio.gather(*map(answer, prompts)))
 
 
-async def bare(url: str, prompts: list[str]) -> int:
+async def bare(url: str, tokens: int, prompts: list[str]) -> int:
     """All prompts at once over the bare transport; tokens."""
     transport = AiohttpTransport(Settings())
     headers = {"Content-Type": "application/json"}
 
     async def answer(prompt: str) -> int:
-        request = generation_request({"prompt": prompt, **PARAMS})
+        request = generation_request({"prompt": prompt, "max_tokens": tokens, **PARAMS})
         response = await transport.open(
             "POST", url + request.path, headers=headers, body=request.body
         )
@@ -156,13 +156,14 @@ async def bare(url: str, prompts: list[str]) -> int:
         await transport.close()
 
 
-def timed(call: Callable[[], Awaitable[int]], prompts: list[str]) -> float:
-    """Tokens per second of a call that gives the tokens."""
+def timed(way: Callable[[list[str]], Awaitable[int]], prompts: list[str], tokens: int) -> float:
+    """Tokens per second."""
 
     async def run() -> float:
         began = time.perf_counter()
-        tokens = await call()
-        return check(tokens, prompts) / (time.perf_counter() - began)
+        found = await way(prompts)
+        assert found == tokens * len(prompts), (found, len(prompts))
+        return found / (time.perf_counter() - began)
 
     return asyncio.run(run())
 
@@ -173,6 +174,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help='JSON lines with a "question"')
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--brief", action="store_true", help="only the first three, and no bare loop"
+    )
     chosen = parser.parse_args()
     lines = chosen.data.read_text().splitlines()[: chosen.prompts]
     questions = [json.loads(line)["question"] for line in lines]
@@ -193,29 +197,31 @@ def main() -> None:
         found.setdefault(name, []).append(rate)
         print(f"{name:36}{rate:7.1f} tokens/s", flush=True)
 
+    tokens = chosen.tokens
+    url, name = server.url, server.model
+    ways: dict[str, Callable[[list[str]], Awaitable[int]]] = {
+        "batch": lambda given: ours(url, tokens, given),
+        f"openai-python, {len(questions)} at once": lambda given: openai_python(
+            url, name, tokens, given, len(questions)
+        ),
+        "openai-python, 32 at once": lambda given: openai_python(url, name, tokens, given, 32),
+        "bare loop, all at once": lambda given: bare(url, tokens, given),
+    }
+    if chosen.brief:
+        ways = dict(list(ways.items())[:2])
+    if chosen.packs:
+        ways = {
+            f"batch, pack={pack}": lambda given, pack=pack: ours(url, tokens, given, pack)
+            for pack in (1, 4, 16, 32)
+        }
     try:
-        with Offline(engine, spec) as offline:
-            for warm_up in (True, *[False] * chosen.rounds):
-                if warm_up:
-                    found.clear()
-                prompts = fresh()
-                note("LLM.generate", offline.run(prompts))
-                prompts = fresh()
-                note("batch", timed(lambda prompts=prompts: ours(server.url, prompts), prompts))
-                prompts = fresh()
-                note("bare", timed(lambda prompts=prompts: bare(server.url, prompts), prompts))
-                for at_once in (32, len(questions)):
-                    prompts = fresh()
-                    rate = timed(
-                        lambda prompts=prompts, at_once=at_once: openai_python(
-                            server.url, server.model, prompts, at_once
-                        ),
-                        prompts,
-                    )
-                    note(f"openai-python, {at_once} at once", rate)
-                if warm_up:
-                    found.clear()
-                    print("warm", flush=True)
+        with Offline(engine, spec, tokens) as offline:
+            offline.run(fresh()[:8])
+            timed(next(iter(ways.values())), fresh()[:8], tokens)
+            for _ in range(chosen.rounds):
+                note("LLM.generate", offline.run(fresh()))
+                for way_name, way in ways.items():
+                    note(way_name, timed(way, fresh(), tokens))
     finally:
         asyncio.run(server.stop())
     offline_rate = statistics.median(found["LLM.generate"])

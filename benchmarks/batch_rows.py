@@ -16,6 +16,7 @@ import pstats
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from vllm_unified import (
     AsyncVllmUnified,
     BatchAnswer,
     BatchProgress,
+    BatchStream,
     Choice,
     GenerationResult,
     Usage,
@@ -69,7 +71,7 @@ class Instant:
 
     trouble = None
 
-    def __init__(self, prompts: AsyncIterator[object], params: object) -> None:
+    def __init__(self, prompts: AsyncIterator[object], params: object, pack: object) -> None:
         self._prompts = prompts
         self._answers = self._answer()
 
@@ -84,6 +86,10 @@ class Instant:
 
     async def close(self) -> None:
         """Nothing is open."""
+
+
+def _asked(vllm: AsyncVllmUnified, prompts: Any, params: Any, pack: int | None) -> BatchStream:
+    return vllm.stream_batch(prompts, params, pack=pack)
 
 
 async def measure(
@@ -108,7 +114,7 @@ async def measure(
             asking=Asking(prompt="Q: {question}\nA:"),
             unordered=unordered,
         )
-        ask: Any = Instant if alone else vllm.stream_batch
+        ask: Any = Instant if alone else partial(_asked, vllm)
         summary = await run_job(job, ask, on_progress=watch)
         used = time.process_time() - before
     for point, (seconds, memory) in sorted(points.items()):

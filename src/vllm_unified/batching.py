@@ -33,6 +33,7 @@ class Batching:
         endpoint_url: Where = None,
         ordered: bool = False,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> BatchStream:
         """The answers to many prompts, each as soon as it is there.
@@ -52,6 +53,8 @@ class Batching:
             ordered: In the order of the prompts.
             patience: Seconds in which nothing succeeds after which it is given up; by default 60,
                 and 10 before the first success.
+            pack: How many prompts share a request; those with parameters of their own, and
+                messages, never do. ``None``: as many as is found to pay, and mostly one.
 
         Raises:
             BatchStoppedError: while it is read: it was given up.
@@ -60,7 +63,8 @@ class Batching:
         fleet = self._fleet(endpoint_url)
         requests = RequestMaker(fleet.settings, {**(params or {}), **more})
         source = Source(prompts, by_priority=not ordered)
-        return BatchStream(BatchRun(fleet, source, requests, ordered=ordered, patience=patience))
+        run = BatchRun(fleet, source, requests, ordered=ordered, patience=patience, pack=pack)
+        return BatchStream(run)
 
     async def run_batch(
         self,
@@ -154,10 +158,11 @@ class Batching:
             ledger=None if ledger is None else os.fspath(ledger),
         )
 
-        def ask(prompts: Prompts, shared: Mapping[str, Any]) -> BatchStream:
+        def ask(prompts: Prompts, shared: Mapping[str, Any], pack: int | None) -> BatchStream:
             requests = RequestMaker(fleet.settings, shared, embeddings=True)
             source = Source(prompts, by_priority=False)
-            return BatchStream(BatchRun(fleet, source, requests, ordered=False, patience=patience))
+            run = BatchRun(fleet, source, requests, ordered=False, patience=patience, pack=pack)
+            return BatchStream(run)
 
         return await run_job(job, ask, on_progress=on_progress)
 

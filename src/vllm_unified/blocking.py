@@ -564,6 +564,7 @@ class VllmUnified:
         endpoint_url: Where = None,
         ordered: bool = False,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> BlockingBatchStream:
         """The answers to many prompts, each as soon as it is there.
@@ -583,6 +584,8 @@ class VllmUnified:
             ordered: In the order of the prompts.
             patience: Seconds in which nothing succeeds after which it is given up; by default 60,
                 and 10 before the first success.
+            pack: How many prompts share a request; those with parameters of their own, and
+                messages, never do. ``None``: as many as is found to pay, and mostly one.
 
         Raises:
             BatchStoppedError: while it is read: it was given up.
@@ -597,6 +600,7 @@ class VllmUnified:
                 endpoint_url=endpoint_url,
                 ordered=ordered,
                 patience=patience,
+                pack=pack,
                 **more,
             ),
             self,

@@ -22,7 +22,7 @@ from backports import zstd
 from tests.support.clients import KINDS, Kind, make_client
 from tests.support.waiting import eventually
 from vllm_unified import AsyncVllmUnified, BatchStoppedError, BatchSummary
-from vllm_unified.batch.job import run_job
+from vllm_unified.batch.job import Ask, run_job
 from vllm_unified.batch.plan import Job
 from vllm_unified.batch.question import Asking
 from vllm_unified.batch.summary import BatchProgress, JobStoppedError
@@ -347,12 +347,16 @@ async def test_an_input_that_changed_is_noticed(
     assert (await run(vllm, source, tmp_path / "out.jsonl")).resumed >= 10
 
 
+def asking_of(vllm: AsyncVllmUnified) -> Ask:
+    return lambda prompts, params, pack: vllm.stream_batch(prompts, params, pack=pack)
+
+
 async def from_stdin(vllm: AsyncVllmUnified, output: str, data: bytes, **job: Any) -> bytes:
     """What a job with this on standard input writes to standard output."""
     stdout = io.BytesIO()
     await run_job(
         Job(input="-", output=output, asking=Asking(prompt=QUESTION), **job),
-        vllm.stream_batch,
+        asking_of(vllm),
         stdin=io.BytesIO(data),
         stdout=stdout,
     )
@@ -379,7 +383,7 @@ async def test_standard_output_gets_a_row_when_it_is_answered(vllm: AsyncVllmUni
     ends, out = os.pipe(), io.BytesIO()
     with os.fdopen(ends[0], "rb") as reading, os.fdopen(ends[1], "wb", buffering=0) as writing:
         job = Job(input="-", output="-", asking=Asking(prompt=QUESTION))
-        running = asyncio.create_task(run_job(job, vllm.stream_batch, stdin=reading, stdout=out))
+        running = asyncio.create_task(run_job(job, asking_of(vllm), stdin=reading, stdout=out))
         for count in (1, 2):
             writing.write(b'{"n": 0}\n')
             await eventually(partial(has_lines, out, count))

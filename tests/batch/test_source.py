@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 
-from vllm_unified.batch.source import END, Source
+from vllm_unified.batch.source import READ_AHEAD, Source
 from vllm_unified.errors import BadRequestError
 
 
 def taken(source: Source) -> list[tuple[int, Any]]:
     found = []
-    while (item := source.next())[1] is not END:
+    while (item := source.next()) is not None:
         found.append(item)
     return found
 
@@ -71,10 +72,36 @@ async def test_an_asynchronous_one_is_closed_with_the_batch() -> None:
             closed.append(True)
 
     source = Source(prompts(), by_priority=True)
+    arrived = asyncio.Event()
+    source.begin(arrived.set)
     assert source.waits
-    assert await source.wait_for_next() == (0, "a")
+    await arrived.wait()
+    assert source.next() == (0, "a")
 
     await source.close()
 
     assert closed == [True]
     assert source.is_empty
+
+
+async def test_it_is_read_a_little_ahead() -> None:
+    read = 0
+
+    async def prompts() -> AsyncIterator[str]:
+        nonlocal read
+        for number in range(1000):
+            read += 1
+            yield str(number)
+
+    source = Source(prompts(), by_priority=True)
+    source.begin(lambda: None)
+    await asyncio.sleep(0)
+    assert read == READ_AHEAD
+    for number in range(1000):
+        assert source.next() == (number, str(number))
+        assert read <= number + READ_AHEAD
+        await asyncio.sleep(0)
+    assert not source.waits
+    assert source.next() is None
+    assert source.is_empty
+    await source.close()

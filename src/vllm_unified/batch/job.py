@@ -33,8 +33,9 @@ from vllm_unified.errors import (
 )
 from vllm_unified.wire.requests import GenerationInput
 
-Ask = Callable[[AsyncIterator[GenerationInput], Mapping[str, Any]], BatchStream]
-"""Has prompts answered, in order of completion, with parameters for all."""
+Ask = Callable[[AsyncIterator[GenerationInput], Mapping[str, Any], int | None], BatchStream]
+"""Has prompts answered, in order of completion, with parameters for all, and so many of them in
+one request as is said."""
 OnProgress = Callable[[BatchProgress], object]
 
 FLUSH_SECONDS = 0.5
@@ -120,7 +121,10 @@ class _Run:
         if not plan.source.rereadable:
             first = looked = await _first_readable(chunks)
         settled = plan.settled(looked)
-        answers = self._answers = self._ask(self._prompts(settled, first, chunks), plan.params)
+        # A line of OpenAI's format has in it what the server said to one prompt.
+        pack = None if settled.columns else 1
+        prompts = self._prompts(settled, first, chunks)
+        answers = self._answers = self._ask(prompts, plan.params, pack)
         if self._job.strict:
             await self._hand.do(lambda: _check_rows(plan, settled))
         if await self._hand.do(lambda: self._open(settled)):

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from vllm_unified.arguments import call_arguments
+from vllm_unified.batch.packing import most_in_a_pack
 from vllm_unified.settings import Settings
 from vllm_unified.wire.requests import (
     GenerationInput,
@@ -23,6 +24,11 @@ BATCH_TIMEOUT = 300.0
 """Seconds for each prompt, where the client has its default: a batch fills its servers, and every
 answer takes longer then than when it is alone."""
 _DEFAULT_TIMEOUT = Settings().timeout
+_NOT_JOINED = (
+    *("request_id", "use_beam_search", "echo", "prompt_logprobs", "suffix"),
+    *("kv_transfer_params", "ec_transfer_params", "extra_body", "return_token_ids"),
+)
+"""Parameters whose meaning, or whose answer, is another for several prompts."""
 _MODELS = frozenset({"model", "lora_adapter", "loraAdapter"})
 _MOST_STRUCTURES = 64
 """Types that are remembered; rows of a generator may each have a schema of its own."""
@@ -33,8 +39,12 @@ class PromptRequest(msgspec.Struct, frozen=True):
 
     request: WireRequest
     settings: Settings
-    own_model: bool
+    own_model: bool = False
     """Whether the prompt itself names its model."""
+    template: RequestTemplate | None = None
+    """What joins it with others into one request; ``None`` where it has to be alone."""
+    is_text: bool = False
+    """Or token ids: they are not mixed in one request."""
 
 
 class RequestMaker:
@@ -60,15 +70,30 @@ class RequestMaker:
         if "response_model" not in self._shared:
             self._prompts = self._template("prompt", "a")
 
+        self.most_in_a_pack = self._most_in_a_pack()
+        """How many of its requests may be joined."""
+
     def make(self, prompt: GenerationInput) -> PromptRequest:
         """The request of one prompt.
 
         Raises:
             VllmError: it cannot be sent.
         """
-        template = self._template_for(prompt)
+        if isinstance(prompt, str) or (
+            isinstance(prompt, list) and prompt and isinstance(prompt[0], int)
+        ):
+            template, joins = self._prompts, self._prompts
+        elif isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+            template, joins = self._chats, None
+        else:
+            template = joins = None
         if template is not None:
-            return PromptRequest(template.requests.request(prompt), template.settings, False)
+            return PromptRequest(
+                template.requests.request(prompt),
+                template.settings,
+                template=None if joins is None else joins.requests,
+                is_text=isinstance(prompt, str),
+            )
         own = generation_fields(prompt)
         own_model = any(own.get(name) is not None for name in _MODELS)
         settings, fields, structure = self._call(own, own_model=own_model)
@@ -77,16 +102,21 @@ class RequestMaker:
             return PromptRequest(embedding_request(data, model, fields), settings, own_model)
         return PromptRequest(generation_request(fields, structure=structure), settings, own_model)
 
-    def _template_for(self, prompt: GenerationInput) -> _Template | None:
-        """The template for a prompt without parameters of its own; ``None`` where there is none."""
-        if isinstance(prompt, str):
-            return self._prompts
-        if isinstance(prompt, list) and prompt:
-            if isinstance(prompt[0], int):
-                return self._prompts
-            if isinstance(prompt[0], dict):
-                return self._chats
-        return None
+    def _most_in_a_pack(self) -> int:
+        shared = self._shared
+        if self._prompts is None or self._prompts.settings.hedge_after is not None:
+            return 1
+        if any(shared.get(name) for name in _NOT_JOINED):
+            return 1
+        tokens, logprobs = shared.get("max_tokens", 16), shared.get("logprobs", 0)
+        if not isinstance(tokens, int) or not isinstance(logprobs, int) or logprobs < 0:
+            return 1
+        return most_in_a_pack(
+            tokens=tokens,
+            samples=shared.get("n", 1),
+            logprobs=logprobs,
+            limit=self._settings.max_response_bytes,
+        )
 
     def _template(self, name: str, value: Any) -> _Template | None:
         settings, fields, structure = self._call({name: value}, own_model=False)

@@ -5,19 +5,30 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections import deque
 from itertools import count
 from random import random
 
 from vllm_unified.batch.answer import BatchAnswer
 from vllm_unified.batch.errors import BatchStoppedError
 from vllm_unified.batch.metrics import BatchMetrics, Counter
-from vllm_unified.batch.patience import STRIKES, Patience, blame_of, was_refused
-from vllm_unified.batch.requests import PromptRequest, RequestMaker
-from vllm_unified.batch.source import END, Source
+from vllm_unified.batch.outbox import Outbox
+from vllm_unified.batch.packing import PackSize, own_results
+from vllm_unified.batch.patience import STRIKES, Blame, Patience, blame_of
+from vllm_unified.batch.requests import RequestMaker
+from vllm_unified.batch.source import Source
+from vllm_unified.batch.work import Pack, Work
 from vllm_unified.endpoints.health import best_health
-from vllm_unified.errors import ClientClosedError, VllmError
+from vllm_unified.errors import (
+    CircuitOpenError,
+    ClientClosedError,
+    ConnectError,
+    ProtocolError,
+    VllmError,
+)
 from vllm_unified.fleet.fleet import Fleet
+from vllm_unified.results import GenerationResult
+from vllm_unified.settings import Settings
+from vllm_unified.wire.requests import WireRequest
 from vllm_unified.wire.responses import answer_decoder
 
 SMALLEST_WINDOW = 64
@@ -29,31 +40,6 @@ under way. One slow answer holds back all that come after it."""
 _PROBE_SECONDS = 10.0
 _LONG_TROUBLE = 1.0
 """Seconds after which the end of trouble is the end of an outage."""
-
-
-class _Work:
-    """A prompt that was read, and has no answer yet."""
-
-    __slots__ = ("began", "error", "index", "prompt", "refused", "strikes", "tries")
-
-    def __init__(self, index: int, prompt: PromptRequest) -> None:
-        self.index = index
-        self.prompt = prompt
-        self.tries = 0
-        self.strikes = 0.0
-        self.began = 0.0
-        """Of the last try, in monotonic seconds."""
-        self.error: VllmError | None = None
-        """Of the last try that a server took, or of the last one where none did."""
-        self.refused = True
-        """Whether no server took any try."""
-
-    def failed(self, error: VllmError) -> None:
-        """A try failed."""
-        refused = was_refused(error)
-        if self.refused or not refused:
-            self.error = error
-        self.refused = self.refused and refused
 
 
 class BatchRun:
@@ -74,25 +60,25 @@ class BatchRun:
         *,
         ordered: bool,
         patience: float | None,
+        pack: int | None,
     ) -> None:
         self._fleet = fleet
         self._source = source
         self._requests = requests
-        self._ordered = ordered
         self._patience = Patience(patience)
+        self._pack = PackSize(requests.most_in_a_pack, fixed=pack)
+        self._left_over: Work | None = None
+        """Was read for a pack, and did not fit in."""
         self._counter = Counter()
         self._workers: set[asyncio.Task[None]] = set()
         self._sending = 0
-        self._again: list[tuple[float, int, _Work]] = []
+        """Prompts that are being sent, or answered."""
+        self._again: list[tuple[float, int, Pack]] = []
         """Prompts that are to be tried again: a heap by time."""
         self._tickets = count()
         self._judge: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
-        self._ready: deque[BatchAnswer] = deque()
-        self._out_of_order: dict[int, BatchAnswer] = {}
-        self._next_index = 0
-        """Whose answer is to be delivered next, where the order counts."""
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._outbox = Outbox(ordered=ordered)
         self._is_held_back = False
         """Whether a worker ended because the consumer had not made room."""
         self._begun = False
@@ -114,7 +100,7 @@ class BatchRun:
         """Why prompts fail, while none succeeds."""
         if self._patience.trouble is None or not self._again:
             return None
-        return max((work for _, _, work in self._again), key=lambda work: work.began).error
+        return max((pack for _, _, pack in self._again), key=lambda pack: pack.began).last_error
 
     async def next(self) -> BatchAnswer | None:
         """The next answer; ``None`` after the last one.
@@ -125,24 +111,21 @@ class BatchRun:
         """
         if not self._begun:
             self._begin()
-        while not self._ready:
+        while not self._outbox:
             if self._ended:
                 if self._failure is not None:
                     failure, self._failure = self._failure, None
                     raise failure
                 return None
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            await waiter
-        answer = self._ready.popleft()
+            await self._outbox.wait()
+        answer = self._outbox.take()
         if self._is_held_back:
             self._hire()
         return answer
 
     def take_ready(self) -> list[BatchAnswer]:
         """The answers that are there now."""
-        ready = list(self._ready)
-        self._ready.clear()
+        ready = self._outbox.take_all()
         if self._is_held_back:
             self._hire()
         return ready
@@ -159,7 +142,8 @@ class BatchRun:
         if not self._ended:
             self._fail(ClientClosedError("this batch was closed before its end"))
             self._end()
-        tasks = [*self._workers] + ([] if self._judge is None else [self._judge])
+        others = (self._judge, self._source.task)
+        tasks = [*self._workers, *(task for task in others if task is not None)]
         for task in tasks:
             task.cancel()
         return tasks
@@ -169,14 +153,21 @@ class BatchRun:
     @property
     def _hands(self) -> int:
         """How many workers there may be. One takes up its next prompt in the moment in which the
-        last is answered, and needs nobody in line behind it, unless prompts take their time."""
-        return self._fleet.appetite if self._source.waits else self._fleet.capacity
+        last is answered, so that none has to wait in line."""
+        capacity = self._fleet.capacity
+        return capacity if self._pack.size == 1 else max(1, capacity // self._pack.size)
 
     def _begin(self) -> None:
         self._begun = True
         self._counter.begin(time.monotonic())
         self._fleet.widen(self._source.size)
+        self._source.begin(self._arrived)
         self._hire()
+
+    def _arrived(self) -> None:
+        """A prompt has come that was waited for, or the last one had come already."""
+        if not self._ended:
+            self._look()
 
     def _hire(self) -> None:
         """One more worker, if there is something to do for one."""
@@ -198,89 +189,174 @@ class BatchRun:
     def _may_begin(self) -> bool:
         """Whether a prompt that is new may be read."""
         source = self._source
-        if source.is_empty or source.is_busy or self._failure is not None:
+        if self._left_over is not None:
+            return True
+        if source.is_empty or source.waits or self._failure is not None:
             return False
-        hands = self._hands
+        hands = self._fleet.capacity
         if len(self._again) >= hands:
             return False
-        if self._ordered:
-            ahead = self._counter.prompts - self._next_index
+        outbox = self._outbox
+        self._is_held_back = len(outbox) >= max(SMALLEST_WINDOW, hands)
+        if outbox.ordered and not self._is_held_back:
+            ahead = self._counter.prompts - outbox.next_index
             self._is_held_back = ahead >= max(ORDERED_WINDOW, 8 * hands)
-        else:
-            self._is_held_back = False
-        if len(self._ready) >= max(SMALLEST_WINDOW, hands):
-            self._is_held_back = True
         return not self._is_held_back
 
     async def _work(self) -> None:
-        while (work := await self._take()) is not None:
+        while (pack := self._take()) is not None:
             self._hire()
-            await self._send(work)
+            if len(pack.works) == 1:
+                await self._send_one(pack)
+            else:
+                await self._send_several(pack)
             if len(self._workers) > self._hands:
                 return
 
-    async def _take(self) -> _Work | None:
-        """The next prompt to be sent: one that is to be tried again, or a new one."""
-        while not self._ended:
-            now = time.monotonic()
-            if self._patience.is_over(now):
+    def _take(self) -> Pack | None:
+        """What is to be sent next: again, or for the first time."""
+        now = time.monotonic()
+        if self._ended or self._patience.is_over(now):
+            return None
+        if self._is_due(now):
+            return heapq.heappop(self._again)[2]
+        first = self._read()
+        if first is None:
+            return None
+        works = [first]
+        template = first.prompt.template
+        while len(works) < self._pack.size and template is not None:
+            another = self._read()
+            if another is None:
+                break
+            prompt = another.prompt
+            if prompt.template is not template or prompt.is_text != first.prompt.is_text:
+                self._left_over = another
+                break
+            works.append(another)
+        return Pack(works)
+
+    def _read(self) -> Work | None:
+        """The next prompt that can be sent."""
+        if self._left_over is not None:
+            work, self._left_over = self._left_over, None
+            return work
+        while self._may_begin():
+            found = self._source.next()
+            if found is None:
                 return None
-            if self._is_due(now):
-                return heapq.heappop(self._again)[2]
-            if not self._may_begin():
-                return None
-            if self._source.waits:
-                index, prompt = await self._source.wait_for_next()
-            else:
-                index, prompt = self._source.next()
-            if prompt is END:
-                return None
+            index, prompt = found
             self._counter.prompts += 1
             try:
-                return _Work(index, self._requests.make(prompt))
+                return Work(index, self._requests.make(prompt))
             except VllmError as error:
                 self._deliver_error(index, error, tries=0)
         return None
 
-    async def _send(self, work: _Work) -> None:
+    async def _send_one(self, pack: Pack) -> None:
+        work = pack.works[0]
         prompt = work.prompt
-        work.began = time.monotonic()
-        work.tries += 1
-        self._sending += 1
+        result = await self._send(pack, prompt.request, prompt.settings)
+        if result is not None:
+            self._answered(work, result, time.monotonic() - pack.began)
+
+    async def _send_several(self, pack: Pack) -> None:
+        works = pack.works
+        first = works[0].prompt
+        assert first.template is not None
+        request = first.template.joined([work.prompt.request for work in works])
+        packed = await self._send(pack, request, first.settings)
+        if packed is None:
+            return
+        results = own_results(packed, len(works))
+        if results is None:
+            # Nobody can say how many tokens each took; it is asked for one by one.
+            self._pack.give_up()
+            self._split(pack)
+            return
+        self._counter.packed(len(works))
+        duration = time.monotonic() - pack.began
+        for work, result in zip(works, results, strict=True):
+            self._answered(work, result, duration)
+
+    async def _send(
+        self, pack: Pack, request: WireRequest, settings: Settings
+    ) -> GenerationResult | None:
+        """The answer; ``None`` if it failed, which was then seen to."""
+        works = pack.works
+        pack.began = time.monotonic()
+        for work in works:
+            work.tries += 1
+        again = works[0].tries > 1
+        self._sending += len(works)
         try:
-            result = await self._fleet.send(
-                prompt.request, prompt.settings, answer_decoder(prompt.request)
+            result: GenerationResult = await self._fleet.send(
+                request, settings, answer_decoder(request)
             )
         except VllmError as error:
-            self._sending -= 1
-            self._counter.sent(len(error.attempts), again=work.tries > 1)
-            self._failed(work, error)
-            return
+            self._sending -= len(works)
+            self._counter.sent(len(error.attempts), again=again)
+            self._failed(pack, error)
+            return None
         except BaseException:
-            self._sending -= 1
+            self._sending -= len(works)
             raise
-        self._sending -= 1
+        self._sending -= len(works)
         now = time.monotonic()
-        self._counter.sent(len(result.metadata.attempts), again=work.tries > 1)
-        self._counter.succeeded(result, now - work.began)
+        self._counter.sent(len(result.metadata.attempts), again=again)
         if self._patience.succeeded(now) > _LONG_TROUBLE:
             self._resume(now)
-        self._deliver(BatchAnswer(index=work.index, result=result, tries=work.tries))
+        if not self._pack.is_off:
+            self._pack.answered(
+                len(works),
+                under_way=self._sending + len(works),
+                servers=len(self._fleet.endpoints),
+                now=now,
+            )
+        return result
 
-    def _failed(self, work: _Work, error: VllmError) -> None:
+    def _answered(self, work: Work, result: GenerationResult, duration: float) -> None:
+        self._counter.succeeded(result, duration)
+        self._outbox.put(BatchAnswer(index=work.index, result=result, tries=work.tries))
+
+    def _failed(self, pack: Pack, error: VllmError) -> None:
         if isinstance(error, ClientClosedError):
             self._fail(error)
             return
-        blame = blame_of(error, own_model=work.prompt.own_model)
-        work.failed(error)
-        work.strikes += self._patience.strikes(error, began=work.began)
-        if blame == "prompt" or work.strikes >= STRIKES:
-            said = error if blame == "prompt" else work.error or error
-            self._deliver_error(work.index, said, tries=work.tries)
+        if len(pack.works) > 1 and not isinstance(error, ConnectError | CircuitOpenError):
+            # One of them may be the reason, or their number.
+            if isinstance(error, ProtocolError):
+                self._pack.give_up()
+            self._split(pack)
+            return
+        own_model = pack.works[0].prompt.own_model
+        blame = blame_of(error, own_model=own_model)
+        strikes = self._patience.strikes(error, began=pack.began)
+        left = [work for work in pack.works if not self._is_out(work, error, blame, strikes)]
+        if not left:
             return
         now = time.monotonic()
         self._patience.failed(blame, now)
-        self._try_later(work, now + self._patience.pause(work.tries, error, random))
+        pack.works = left
+        self._try_later(pack, now + self._patience.pause(left[0].tries, error, random))
+
+    def _is_out(self, work: Work, error: VllmError, blame: Blame, strikes: float) -> bool:
+        """Whether this was the prompt's last try; it has its error then."""
+        work.failed(error)
+        work.strikes += strikes
+        if blame != "prompt" and work.strikes < STRIKES:
+            return False
+        said = error if blame == "prompt" else work.error or error
+        self._deliver_error(work.index, said, tries=work.tries)
+        return True
+
+    def _split(self, pack: Pack) -> None:
+        """Find out by halves; that was no try of theirs."""
+        for work in pack.works:
+            work.tries -= 1
+        now = time.monotonic()
+        for half in pack.halves():
+            self._try_later(half, now)
 
     def _left(self, worker: asyncio.Task[None]) -> None:
         """A worker has ended; perhaps it was the last."""
@@ -308,12 +384,14 @@ class BatchRun:
 
     @property
     def _source_is_over(self) -> bool:
+        if self._left_over is not None:
+            return False
         return self._source.is_empty or self._failure is not None
 
     # Trying again
 
-    def _try_later(self, work: _Work, at: float) -> None:
-        heapq.heappush(self._again, (at, next(self._tickets), work))
+    def _try_later(self, pack: Pack, at: float) -> None:
+        heapq.heappush(self._again, (at, next(self._tickets), pack))
         self._set_alarm()
 
     def _set_alarm(self) -> None:
@@ -332,7 +410,7 @@ class BatchRun:
     def _resume(self, now: float) -> None:
         """The servers are back: nobody needs to sit out a pause."""
         self._again = [
-            (min(at, now + random() * 0.5), ticket, work) for at, ticket, work in self._again
+            (min(at, now + random() * 0.5), ticket, pack) for at, ticket, pack in self._again
         ]
         heapq.heapify(self._again)
         self._set_alarm()
@@ -352,18 +430,25 @@ class BatchRun:
             return
         again, self._again = self._again, []
         self._patience.calm()
-        for at, ticket, work in again:
-            assert work.error is not None
-            work.strikes += 1 if work.refused else STRIKES
-            if work.strikes >= STRIKES:
-                self._deliver_error(work.index, work.error, tries=work.tries)
-            else:
-                heapq.heappush(self._again, (at, ticket, work))
+        for at, ticket, pack in again:
+            pack.works = [work for work in pack.works if not self._is_guilty(work)]
+            if pack.works:
+                heapq.heappush(self._again, (at, ticket, pack))
         self._set_alarm()
         self._look()
 
+    def _is_guilty(self, work: Work) -> bool:
+        """Whether a prompt that failed on servers that are well has had its last try."""
+        assert work.error is not None
+        work.strikes += 1 if work.refused else STRIKES
+        if work.strikes < STRIKES:
+            return False
+        self._deliver_error(work.index, work.error, tries=work.tries)
+        return True
+
     def _give_up(self) -> None:
-        pending = sorted((work for _, _, work in self._again), key=lambda work: work.began)
+        packs = sorted((pack for _, _, pack in self._again), key=lambda pack: pack.began)
+        pending = [work for pack in packs for work in pack.works]
         errors = {work.index: work.error for work in pending if work.error is not None}
         last = pending[-1].error if pending else None
         lasted = time.monotonic() - (self._patience.trouble or 0.0)
@@ -380,25 +465,12 @@ class BatchRun:
         stopped.__cause__ = last
         self._fail(stopped)
         self._end()
-        for worker in self._workers:
-            worker.cancel()  # one that waits for a prompt
 
     # Answers
 
     def _deliver_error(self, index: int, error: VllmError, *, tries: int) -> None:
         self._counter.failed(error)
-        self._deliver(BatchAnswer(index=index, error=error, tries=tries))
-
-    def _deliver(self, answer: BatchAnswer) -> None:
-        if self._ordered:
-            self._out_of_order[answer.index] = answer
-            while (following := self._out_of_order.pop(self._next_index, None)) is not None:
-                self._ready.append(following)
-                self._next_index += 1
-        else:
-            self._ready.append(answer)
-        if self._waiters and self._ready:
-            self._wake()
+        self._outbox.put(BatchAnswer(index=index, error=error, tries=tries))
 
     def _fail(self, error: BaseException) -> None:
         """Read no more; what is under way goes on."""
@@ -413,10 +485,4 @@ class BatchRun:
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
+        self._outbox.wake()

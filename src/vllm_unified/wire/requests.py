@@ -72,11 +72,12 @@ class RequestTemplate:
     Parameters are checked and encoded once, which is most of what a request costs.
     """
 
-    __slots__ = ("_asked_for", "_beginning", "_like")
+    __slots__ = ("_asked_for", "_beginning", "_like", "_start")
 
     def __init__(self, like: WireRequest, beginning: bytes) -> None:
         self._like = like
         self._beginning = beginning
+        self._start = len(beginning)
         self._asked_for = like.tokens - len(like.body or b"") // 4
 
     @classmethod
@@ -119,6 +120,23 @@ class RequestTemplate:
             priority=like.priority,
             session=like.session,
             tokens=len(body) // 4 + self._asked_for,
+        )
+
+    def joined(self, requests: Sequence[WireRequest]) -> WireRequest:
+        """One request for the prompts of these, which this template has made: all text, or all
+        token ids. Its answer has the token ids of each."""
+        like = self._like
+        prompts = b",".join([(request.body or b"")[self._start : -1] for request in requests])
+        body = b'{"return_token_ids":true,' + self._beginning[1:] + b"[" + prompts + b"]}"
+        return WireRequest(
+            method="POST",
+            path=like.path,
+            body=body,
+            model=like.model,
+            choices=like.choices * len(requests),
+            priority=like.priority,
+            session=like.session,
+            tokens=len(body) // 4 + self._asked_for * len(requests),
         )
 
 
