@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import IO, Protocol
 
 import msgspec
@@ -116,10 +117,14 @@ class AtTheEnd:
 
     def finish(self, shape: Shape) -> None:
         """Write the output: all of it, or nothing."""
+        entries = self._ledger.entries()
         if self._plan.stores_rows:
-            joined = joined_stored(self._ledger.entries())
+            self._deliver(joined_stored(entries), shape)
         else:
-            joined = joined_again(self._plan.source.rows(), self._ledger.entries())
+            with closing(self._plan.source.rows()) as rows:
+                self._deliver(joined_again(rows, entries), shape)
+
+    def _deliver(self, joined: Iterator[Joined], shape: Shape) -> None:
         if self._place.path is None:
             self._write(self._stdout, joined, shape)
             self._stdout.flush()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +18,7 @@ from vllm_unified.batch.answer import BatchAnswer
 from vllm_unified.batch.delivery import Delivery, delivery_for
 from vllm_unified.batch.files.rows import Row
 from vllm_unified.batch.files.shape import Shape
+from vllm_unified.batch.files.source import Source
 from vllm_unified.batch.fingerprint import as_noted, check_same
 from vllm_unified.batch.ledger import Counts, Entry, Ledger, Outcome
 from vllm_unified.batch.output import changed_input, row_digest
@@ -115,7 +118,7 @@ class _Run:
         plan = self._plan
         first: list[Row] = []
         if plan.source.rereadable:
-            looked = await self._hand.do(lambda: [*islice(plan.source.rows(), _LOOK)])
+            looked = await self._hand.do(partial(_look, plan.source))
         feed = self._feed = Feed(plan.source.rows())
         chunks = feed.chunks()
         if not plan.source.rereadable:
@@ -396,6 +399,11 @@ class _Run:
             hint="\n".join(line for line in (error.hint, kept) if line),
             like=error,
         )
+
+
+def _look(source: Source) -> list[Row]:
+    with contextlib.closing(source.rows()) as rows:
+        return [*islice(rows, _LOOK)]
 
 
 async def _first_readable(chunks: AsyncIterator[list[Row]]) -> list[Row]:

@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Generator
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -77,7 +77,7 @@ class Feed(Generic[T]):
         ended: Whether these are all.
     """
 
-    def __init__(self, items: Iterable[T]) -> None:
+    def __init__(self, items: Generator[T, None, None]) -> None:
         self.count = 0
         self.ended = False
         self._items = items
@@ -130,6 +130,7 @@ class Feed(Generic[T]):
         except BaseException as error:  # noqa: BLE001 - raised where the items are wanted
             self._error = error
         finally:
+            self._items.close()
             self.ended = True
             self._wake()
 

@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -80,8 +80,8 @@ class Source:
         except ValueError:  # closed: read to its end
             return 1.0
 
-    def rows(self) -> Iterator[Row]:
-        """All rows, from the first.
+    def rows(self) -> Generator[Row, None, None]:
+        """All rows, from the first. It holds the file open until its end, or until it is closed.
 
         Raises:
             ConfigurationError: the file cannot be read.
