@@ -73,5 +73,5 @@ $(VENV)/.cli: pyproject.toml $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml $(VENV)/bin/python
 	@echo "Installing vllm-unified and its development tools into $(VENV) ..."
-	@$(PIP) -e '.[cli,docker,schema,speed]' --group dev
+	@$(PIP) -e '.[batch,cli,docker,schema,speed]' --group dev
 	@touch $@ $(VENV)/.cli

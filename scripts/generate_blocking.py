@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "src" / "vllm_unified"
-SOURCES = (PACKAGE / "client.py", PACKAGE / "management.py", PACKAGE / "balancer.py")
+SOURCES = tuple(PACKAGE / f"{name}.py" for name in ("client", "batching", "management", "balancer"))
 TARGET = PACKAGE / "blocking.py"
 LAYER_SOURCE = PACKAGE / "hardware" / "layer.py"
 LAYER_TARGET = PACKAGE / "hardware" / "blocking.py"
@@ -168,6 +168,7 @@ def blocking_type(annotation: str) -> str:
     """The type that the blocking surface has in place of this one."""
     annotation = annotation.replace("GenerationStream[", "BlockingStream[")
     annotation = annotation.replace("InferenceStream", "BlockingStream[InferenceResult]")
+    annotation = annotation.replace("BatchStream", "BlockingBatchStream")
     annotation = annotation.replace("LoadBalancer", "BlockingLoadBalancer")
     if "Awaitable[" in annotation:
         annotation = annotation.replace("Awaitable[", "", 1).removesuffix("]")
@@ -211,8 +212,15 @@ def body_of(node: ast.FunctionDef | ast.AsyncFunctionDef, source: str, target: s
     owner = "self._owner" if target == "_balancer" else "self"
     if returns.startswith(("GenerationStream", "InferenceStream")):
         return f"{text}        return BlockingStream(self._thread, {call}, {owner})\n"
+    # Prompts are made by the caller's code, which is run in the caller's thread.
+    items = ""
+    if any(a.arg == "prompts" for a in node.args.args):
+        text += "        prompts = in_callers_thread(prompts)\n"
+        items = ", prompts"
+    if returns == "BatchStream":
+        return f"{text}        return BlockingBatchStream(self._thread, {call}, {owner}{items})\n"
     how = "run" if isinstance(node, ast.AsyncFunctionDef) else "call"
-    made = f"self._thread.{how}(lambda: {call})"
+    made = f"self._thread.{how}(lambda: {call}{items})"
     if returns == "LoadBalancer":
         made = f"BlockingLoadBalancer(self._thread, {made}, {owner})"
     return f"{text}        {'' if returns == 'None' else 'return '}{made}\n"
@@ -244,12 +252,13 @@ def imports_of(trees: Sequence[ast.Module]) -> str:
     # What the modules of the client import for its types only.
     kept |= {
         ast.unparse(node): None
-        for tree in trees[:2]
+        for tree in trees[:3]
         for node in tree.body
         if isinstance(node, ast.If)
     }
-    kept["from vllm_unified.bridge import BlockingStream, LoopThread"] = None
-    kept["from vllm_unified.client import AsyncVllmUnified, Params"] = None
+    kept["from vllm_unified.bridge import BlockingBatchStream, BlockingStream, LoopThread"] = None
+    kept["from vllm_unified.client import AsyncVllmUnified"] = None
+    kept["from vllm_unified.feeding import in_callers_thread"] = None
     return "\n".join(sorted(kept, key=lambda line: line.startswith("if ")))
 
 
@@ -267,12 +276,14 @@ def methods_of(source: str, name: str, target: str) -> str:
     return "".join(parts)
 
 
-def generate(client: str, management: str, balancer: str) -> str:
+def generate(client: str, batching: str, management: str, balancer: str) -> str:
     """The blocking module for these sources, formatted."""
-    imports = imports_of([ast.parse(source) for source in (client, management, balancer)])
+    sources = (client, batching, management, balancer)
+    imports = imports_of([ast.parse(source) for source in sources])
     return formatted(
         HEAD.format(imports=imports)
         + methods_of(client, "AsyncVllmUnified", "_client")
+        + methods_of(batching, "Batching", "_client")
         + methods_of(management, "Management", "_client")
         + CLIENT_TAIL
         + BALANCER_HEAD

@@ -35,6 +35,7 @@
      ├── QueueFullError                         more callers are waiting than the queue may hold
      ├── CircuitOpenError                       every server is shut out after failures
      ├── ClientClosedError (RuntimeError)       the client, or the stream, was closed
+     ├── BatchFileError                         a file of a batch cannot be written
      ├── EngineError                            a vLLM engine cannot be found, installed or removed
      ├── ServerStartError                       a server of ours did not become ready
      ├── NoBackendError (LookupError)           no backend of a hardware layer can take a request
@@ -367,6 +368,12 @@ class CircuitOpenError(VllmError):
 
 class ClientClosedError(VllmError, RuntimeError):
     """The client, or this stream of it, was closed; make a new one."""
+
+
+class BatchFileError(VllmError):
+    """A file of a batch, its output or its ledger, cannot be written: the disk is full, say.
+
+    What is in the ledger stays there."""
 
 
 class EngineError(VllmError):

@@ -10,6 +10,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,7 +95,7 @@ def test_family(family: str, model: Path, row: list[str]) -> None:
 
 def drive(vllm: VllmUnified, family: str) -> None:
     """Completion, stream, batch and tokens."""
-    exact = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    exact: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
     result = vllm.generate("Once upon a time", **exact)
     assert (result.model, result.usage.completion_tokens) == (family, 8)
     assert result.finish_reason == "length"

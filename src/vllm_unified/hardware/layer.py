@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
-from vllm_unified.batch.runner import run_batch
 from vllm_unified.endpoints.breaker import BreakerConfig
 from vllm_unified.errors import (
     ClientClosedError,
@@ -19,6 +18,7 @@ from vllm_unified.errors import (
 from vllm_unified.hardware.clients import as_backend, default_name
 from vllm_unified.hardware.failures import may_go_elsewhere
 from vllm_unified.hardware.inference import Inference, InferenceResult, told_attempts
+from vllm_unified.hardware.many import answer_all
 from vllm_unified.hardware.member import BackendStatus, Member
 from vllm_unified.hardware.request import InferenceRequest, inference_request
 from vllm_unified.hardware.selection import Selection
@@ -217,7 +217,7 @@ class HardwareAbstractionLayer:
             there = [each.appetite for each in self._members.values() if task in each.tasks]
             return max(there, default=1)
 
-        return await run_batch(
+        return await answer_all(
             asked,
             lambda request: self.run_inference(task, request),
             at_once=at_once,
