@@ -103,9 +103,7 @@ async def test_batch_processing(vllm: AsyncVllmUnified, url: str, model: str) ->
     assert all(isinstance(text, str) for text in plain)
 
 
-async def test_batch_with_metrics_and_errors(
-    vllm: AsyncVllmUnified, url: str, model: str
-) -> None:
+async def test_batch_with_metrics_and_errors(vllm: AsyncVllmUnified, url: str, model: str) -> None:
     prompts: list[Any] = [
         "Paris is the capital of",
         {"prompt": "Rome is", "max_tokens": 2},

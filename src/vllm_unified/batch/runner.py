@@ -13,7 +13,7 @@ from vllm_unified.batch.errors import BatchStoppedError
 from vllm_unified.batch.metrics import BatchMetrics, Counter
 from vllm_unified.batch.outbox import Outbox
 from vllm_unified.batch.packing import PackSize, own_results
-from vllm_unified.batch.patience import STRIKES, Blame, Patience, blame_of
+from vllm_unified.batch.patience import STRIKES, Blame, Patience, blame_of, was_refused
 from vllm_unified.batch.requests import RequestMaker
 from vllm_unified.batch.source import Source
 from vllm_unified.batch.work import Pack, Work
@@ -272,7 +272,7 @@ class BatchRun:
         if results is None:
             # Nobody can say how many tokens each took; it is asked for one by one.
             self._pack.give_up()
-            self._split(pack)
+            self._split(pack, pack.halves())
             return
         self._counter.packed(len(works))
         duration = time.monotonic() - pack.began
@@ -322,10 +322,13 @@ class BatchRun:
             self._fail(error)
             return
         if len(pack.works) > 1 and not isinstance(error, ConnectError | CircuitOpenError):
-            # One of them may be the reason, or their number.
             if isinstance(error, ProtocolError):
                 self._pack.give_up()
-            self._split(pack)
+            if was_refused(error):
+                self._pack.allow(len(pack.works) // 2)  # there were too many of them
+                self._split(pack, [Pack([work]) for work in pack.works])
+            else:
+                self._split(pack, pack.halves())
             return
         own_model = pack.works[0].prompt.own_model
         blame = blame_of(error, own_model=own_model)
@@ -348,13 +351,13 @@ class BatchRun:
         self._deliver_error(work.index, said, tries=work.tries)
         return True
 
-    def _split(self, pack: Pack) -> None:
-        """Find out by halves; that was no try of theirs."""
+    def _split(self, pack: Pack, parts: list[Pack]) -> None:
+        """Send the parts of a pack; that was no try of its prompts."""
         for work in pack.works:
             work.tries -= 1
         now = time.monotonic()
-        for half in pack.halves():
-            self._try_later(half, now)
+        for part in parts:
+            self._try_later(part, now)
 
     def _left(self, worker: asyncio.Task[None]) -> None:
         """A worker has ended; perhaps it was the last."""
