@@ -79,9 +79,8 @@ async def test_a_stall_within_a_stream_ends(server: Simulator) -> None:
         start = time.monotonic()
         for _ in range(2):
             await reader.readuntil(b"}\n\n")
-        before = time.monotonic() - start
         rest, _ = await read_all(reader)
-        assert time.monotonic() - start - before > 0.15
+        assert time.monotonic() - start >= 0.2
     assert b"[DONE]" in rest
 
 
@@ -289,7 +288,7 @@ async def test_an_engine_that_dies_fails_streams_and_exits() -> None:
             assert (reply.status, await reply.read()) == (503, b"")
         received, _ = await ask(server, WHOLE)
         assert received.startswith(b"HTTP/1.1 500 ")
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             await server.wait_stopped()
         with pytest.raises(ConnectionRefusedError):
             await ask(server, WHOLE)
@@ -327,12 +326,12 @@ async def test_a_restarted_server_has_the_same_address_and_forgot_everything() -
 async def test_ten_times_slower() -> None:
     timing = Timing(time_to_first_token=0.01, inter_token_latency=0.005)
     async with Simulator(timing=timing) as server:
-        fast = await seconds(server)
+        fast = min([await seconds(server) for _ in range(3)])
         server.fail_next("slow", factor=10)
         slow = await seconds(server)
         assert slow > 4 * fast
         server.heal()
-        assert await seconds(server) < slow / 3
+        assert min([await seconds(server) for _ in range(3)]) < slow / 3
 
 
 async def seconds(server: Simulator) -> float:
@@ -343,7 +342,7 @@ async def seconds(server: Simulator) -> float:
 
 async def until(condition: Any) -> None:
     """Let the loop run until something is so."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         # What is waited for is the server's own state, which no event announces.
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
