@@ -31,7 +31,7 @@ from vllm_unified import AsyncVllmUnified
 from vllm_unified.results import ResultMetadata
 from vllm_unified.settings import Settings
 from vllm_unified.simulator import Fleet
-from vllm_unified.wire.http import AiohttpTransport
+from vllm_unified.wire.http import HttpTransport
 from vllm_unified.wire.requests import WireRequest, generation_request
 from vllm_unified.wire.responses import generation_decoder
 
@@ -75,7 +75,7 @@ def make_prompts(count: int) -> list[str]:
 
 async def bare(url: str, prompts: list[str]) -> int:
     """The prompts over the bare transport; how many were answered."""
-    transport = AiohttpTransport(Settings())
+    transport = HttpTransport(Settings())
     waiting = iter(prompts)
     headers = {"Content-Type": "application/json"}
     answered = 0
