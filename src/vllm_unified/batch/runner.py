@@ -46,7 +46,7 @@ class BatchRun:
     """The work of one batch.
 
     *Workers* are tasks that each take a prompt, send it and deliver its answer, again and again, as
-    many as the fleet has an appetite for. One that finds nothing to do ends, and whatever gives it
+    many as the fleet lets through. One that finds nothing to do ends, and whatever gives it
     something to do hires another: the consumer that made room, the alarm of a prompt that is to be
     tried again, another worker. So nothing waits but for a server, and the prompts that are held
     in memory are those under way, as many at most to be tried again, and as many answers.
@@ -382,6 +382,8 @@ class BatchRun:
             self._end()
         else:
             self._hire()
+            if self._alarm is None and self._again and self._again[0][0] > time.monotonic():
+                self._set_alarm()
 
     @property
     def _source_is_over(self) -> bool:
@@ -396,17 +398,18 @@ class BatchRun:
         self._set_alarm()
 
     def _set_alarm(self) -> None:
+        """Come back when the next of them is due. Of those that are due already, workers take one
+        when they have ended another."""
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
         if self._again and not self._ended:
-            # After the patience, only to find that it is over.
-            delay = max(self._again[0][0] - time.monotonic(), 0.001)
+            delay = max(self._again[0][0] - time.monotonic(), 0.0)
             self._alarm = asyncio.get_running_loop().call_later(delay, self._ring)
 
     def _ring(self) -> None:
+        self._alarm = None
         self._look()
-        self._set_alarm()
 
     def _resume(self, now: float) -> None:
         """The servers are back: nobody needs to sit out a pause."""
@@ -417,7 +420,8 @@ class BatchRun:
         self._set_alarm()
 
     async def _judge_servers(self) -> None:
-        """The patience is over: are the servers at fault, or the few prompts that were left?"""
+        """The patience is over: are the servers at fault, or the prompts that are left? Where the
+        servers are well, the prompts are tried again, and what fails now is held against them."""
         try:
             health = await best_health(self._fleet.endpoints, probe=True, timeout=_PROBE_SECONDS)
             is_well = health.healthy
@@ -429,23 +433,10 @@ class BatchRun:
         if not is_well:
             self._give_up()
             return
-        again, self._again = self._again, []
-        self._patience.calm()
-        for at, ticket, pack in again:
-            pack.works = [work for work in pack.works if not self._is_guilty(work)]
-            if pack.works:
-                heapq.heappush(self._again, (at, ticket, pack))
-        self._set_alarm()
+        now = time.monotonic()
+        self._patience.proved(now)
+        self._again = [(now, ticket, pack) for _, ticket, pack in self._again]
         self._look()
-
-    def _is_guilty(self, work: Work) -> bool:
-        """Whether a prompt that failed on servers that are well has had its last try."""
-        assert work.error is not None
-        work.strikes += 1 if work.refused else STRIKES
-        if work.strikes < STRIKES:
-            return False
-        self._deliver_error(work.index, work.error, tries=work.tries)
-        return True
 
     def _give_up(self) -> None:
         packs = sorted((pack for _, _, pack in self._again), key=lambda pack: pack.began)
