@@ -22,7 +22,7 @@ PURE = (
     "fleet.continuation fleet.stops endpoints.backoff "
     "models.info models.facts models.served models.metrics models.statistics models.lora.adapters "
     "models.lora.placement models.lora.fit models.fidelity models.quantization arguments "
-    "batch.answer batch.errors batch.metrics batch.patience batch.requests batch.source"
+    "batch.answer batch.errors batch.metrics batch.patience batch.requests batch.packing"
 ).split()
 IO = {
     "asyncio",
