@@ -194,6 +194,7 @@ class TestErrors:
             ({"max_tokens": 0}, BadRequestError),
             ({"max_tokens": 60}, ContextLengthError),
             ({"stop": [3]}, BadRequestError),
+            ({"timeout": "soon"}, BadRequestError),
         ],
     )
     async def test_what_it_cannot_do(

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -70,7 +71,7 @@ class TransformersBackend:
                 processors busy, as many as are free are faster than all (``None``).
             max_model_len: Tokens of prompt and answer; ``None``: as many as the model can.
             max_batch_size: Answers that are generated at a time.
-            timeout: Seconds for a request, waiting included.
+            timeout: Seconds for a request, waiting included; of a stream, for each piece.
         """
         if max_batch_size < 1:
             raise ConfigurationError(f"max_batch_size must be at least 1, not {max_batch_size}")
@@ -175,9 +176,11 @@ class TransformersBackend:
                 threads=self._threads,
             )
         except Exception as error:  # noqa: BLE001 - of a foreign library it may be any
-            loop.call_soon_threadsafe(self._not_loaded, loaded, error)
+            with suppress(RuntimeError):  # the loop may be closed
+                loop.call_soon_threadsafe(self._not_loaded, loaded, error)
             return
-        loop.call_soon_threadsafe(self._loaded, loaded, model)
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._loaded, loaded, model)
         while jobs := self._line.take():
             self._running = jobs
             try:
@@ -188,7 +191,8 @@ class TransformersBackend:
             self._running = ()
 
     def _loaded(self, loaded: asyncio.Future[Model], model: Model) -> None:
-        self._model = model
+        if not self._closed:
+            self._model = model
         if not loaded.done():
             loaded.set_result(model)
 

@@ -66,7 +66,7 @@ class Work:
         self._first: float | None = None
         self._device = ""
         seconds = request.parameters.get("timeout")
-        self.seconds: float = owner.timeout if seconds is None else float(seconds)
+        self.seconds = owner.timeout if seconds is None else _seconds(seconds)
 
     async def begin(self) -> None:
         """Have the jobs in line."""
@@ -209,6 +209,12 @@ class InProcessStream:
     async def close(self) -> None:
         """End the work."""
         self._work.cancel()
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise BadRequestError(f"timeout must be a number of seconds, not {value!r}")
+    return float(value)
 
 
 def _prompts(model: Model, request: InferenceRequest) -> list[list[int]]:
