@@ -55,7 +55,7 @@ import msgspec
 StreamEnding = Literal["complete", "truncated", "error", "stalled", "cancelled"]
 
 
-class Attempt(msgspec.Struct, frozen=True, kw_only=True):
+class Attempt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One try of a request at one server."""
 
     endpoint: str
