@@ -17,7 +17,7 @@ from vllm_unified.fleet.directory import Directory
 from vllm_unified.fleet.fleet import Fleet
 
 if TYPE_CHECKING:
-    from vllm_unified.batch.summary import BatchProgress, BatchSummary
+    from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary
 
 
 class Batching:
@@ -111,7 +111,7 @@ class Batching:
             response_model: What each answer has to be, as for :meth:`chat`; in the column
                 ``parsed``.
             columns: Of the answers: ``text``, ``finish_reason``, ``usage`` and ``error``, or any of
-                :data:`vllm_unified.batch.columns.COLUMNS`; ``column=name`` renames.
+                :data:`vllm_unified.batch.jobs.columns.COLUMNS`; ``column=name`` renames.
             keep: Columns of the input that the output has; by default all.
             unordered: Write rows as they are answered; those without an answer come last.
             retry_failed: Ask again the rows that have no answer.
@@ -128,9 +128,9 @@ class Batching:
             BadRequestError: a parameter is wrong; nothing was sent.
             JobStoppedError: servers or disk failed; what is done is kept.
         """
-        from vllm_unified.batch.job import run_job
-        from vllm_unified.batch.plan import Job
-        from vllm_unified.batch.question import Asking
+        from vllm_unified.batch.jobs.job import run_job
+        from vllm_unified.batch.jobs.plan import Job
+        from vllm_unified.batch.jobs.question import Asking
 
         fleet = self._fleet(endpoint_url)
         shared = {**(params or {}), **more}

@@ -47,7 +47,7 @@ from vllm_unified.wire.requests import (
 if TYPE_CHECKING:
     from vllm_unified.servers import LocalServer, ServerSpec
 if TYPE_CHECKING:
-    from vllm_unified.batch.summary import BatchProgress, BatchSummary
+    from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary
 if TYPE_CHECKING:
     from vllm_unified.models.lora.placement import Replicas
 
@@ -652,7 +652,7 @@ class VllmUnified:
             response_model: What each answer has to be, as for :meth:`chat`; in the column
                 ``parsed``.
             columns: Of the answers: ``text``, ``finish_reason``, ``usage`` and ``error``, or any of
-                :data:`vllm_unified.batch.columns.COLUMNS`; ``column=name`` renames.
+                :data:`vllm_unified.batch.jobs.columns.COLUMNS`; ``column=name`` renames.
             keep: Columns of the input that the output has; by default all.
             unordered: Write rows as they are answered; those without an answer come last.
             retry_failed: Ask again the rows that have no answer.

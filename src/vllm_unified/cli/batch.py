@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from vllm_unified.batch.columns import COLUMNS
 from vllm_unified.batch.files.formats import FORMATS
+from vllm_unified.batch.jobs.columns import COLUMNS
 from vllm_unified.cli.batch_progress import Display, display, rows_of, summary_lines
 from vllm_unified.cli.generate import Param, Temperature, parameters
 from vllm_unified.cli.target import Config, Model, Url, target

@@ -15,18 +15,18 @@ from typing import IO, Any
 import msgspec
 
 from vllm_unified.batch.answer import BatchAnswer
-from vllm_unified.batch.delivery import Delivery, delivery_for
 from vllm_unified.batch.files.rows import Row
 from vllm_unified.batch.files.shape import Shape
 from vllm_unified.batch.files.source import Source
-from vllm_unified.batch.fingerprint import as_noted, check_same
-from vllm_unified.batch.ledger import Counts, Entry, Ledger, Outcome
-from vllm_unified.batch.output import changed_input, row_digest
-from vllm_unified.batch.plan import Job, Plan, Settled
-from vllm_unified.batch.question import bare
+from vllm_unified.batch.jobs.delivery import Delivery, delivery_for
+from vllm_unified.batch.jobs.fingerprint import as_noted, check_same
+from vllm_unified.batch.jobs.ledger import Counts, Entry, Ledger, Outcome
+from vllm_unified.batch.jobs.output import changed_input, row_digest
+from vllm_unified.batch.jobs.plan import Job, Plan, Settled
+from vllm_unified.batch.jobs.question import bare
+from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary, JobStoppedError
+from vllm_unified.batch.jobs.workers import Feed, Hand
 from vllm_unified.batch.stream import BatchStream
-from vllm_unified.batch.summary import BatchProgress, BatchSummary, JobStoppedError
-from vllm_unified.batch.workers import Feed, Hand
 from vllm_unified.errors import (
     BadRequestError,
     BatchFileError,
