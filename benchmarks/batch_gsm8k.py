@@ -20,7 +20,7 @@ from pathlib import Path
 from vllm_unified import VllmUnified
 
 COMMAND = (sys.executable, "-c", "from vllm_unified.cli import main; main()")
-ASK = ("--prompt", "{question}", "--chat", "-n", "256", "-t", "0", "--json")
+ASK = ("--prompt", "{question}", "--chat", "-n", "256", "-t", "0", "--timeout", "3600", "--json")
 
 
 def last_number(text: str) -> str:

@@ -631,6 +631,8 @@ class VllmUnified:
         ledger: str | os.PathLike[str] | None = None,
         endpoint_url: Where = None,
         patience: float | None = None,
+        ray: str | None = None,
+        ray_workers: int = 2,
         on_progress: Callable[[BatchProgress], object] | None = None,
         **more: Any,
     ) -> BatchSummary:
@@ -662,6 +664,10 @@ class VllmUnified:
             ledger: Its file; by default ``output`` with ``.ledger``, and none for ``"-"``.
             patience: Seconds without any success before it ends; by default 60, and 10 before the
                 first success.
+            ray: The address of a Ray cluster whose workers ask the servers, ``"auto"`` or
+                ``"local"``. This package has to be installed on its nodes.
+            ray_workers: How many, each on a CPU of its own. Together they have no more in flight at
+                a server than ``max_concurrent_requests``.
             on_progress: Called about twice a second.
 
         Raises:
@@ -692,6 +698,8 @@ class VllmUnified:
                 ledger=ledger,
                 endpoint_url=endpoint_url,
                 patience=patience,
+                ray=ray,
+                ray_workers=ray_workers,
                 on_progress=on_progress,
                 **more,
             )
