@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test quick resilience lint live wheel bench clean help
+.PHONY: demo test quick resilience ray lint live wheel bench clean help
 
 help:  ## What can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
@@ -14,16 +14,20 @@ demo: $(VENV)/.cli  ## See the main job done, on a real vLLM that is installed a
 
 test: lint  ## All tests, those on a real vLLM included; what CI runs
 	$(BIN)/vllm-unified engine install
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not live and not resilience"
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not live and not resilience and not ray"
 	$(BIN)/python -m pytest -m resilience --durations=10
 	$(BIN)/python -m pytest -m live --durations=10
 	@$(MAKE) --no-print-directory wheel
 
 quick: $(VENV)/.dev  ## All tests that need no vLLM, in seconds
-	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not live and not resilience"
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not live and not resilience and not ray"
 
 resilience: $(VENV)/.dev  ## Fleets of simulators under faults, an outage, and overload
 	$(BIN)/python -m pytest -m resilience
+
+ray: $(VENV)/.dev  ## Batches on a Ray cluster of two nodes here; installs ray (240 MB) first
+	@$(PIP) -e '.[ray]'
+	$(BIN)/python -m pytest -m ray
 
 live: $(VENV)/.dev  ## Only the tests on a real vLLM
 	$(BIN)/python -m pytest -m live

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
@@ -41,6 +42,7 @@ BLOCKS_AT_ONCE = 3
 MOST_DEATHS = 3
 """Workers that a block may take with it before it is given up."""
 _ANSWERS_WAITING = 4096
+_KNOCK_SECONDS = 10.0
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,8 +201,9 @@ class RayStream:
         if ray.is_initialized():
             return
         try:
+            _knock(self._address)
             ray.init(self._address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ConfigurationError(
                 f"there is no Ray cluster at {self._address!r}: {error}",
                 hint="'auto' is the one of this machine, 'local' makes one, HOST:PORT is another.",
@@ -296,3 +299,10 @@ class RayStream:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+def _knock(address: str) -> None:
+    """See that somebody listens there: Ray itself tries for more than a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), _KNOCK_SECONDS).close()
