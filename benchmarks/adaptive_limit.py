@@ -30,7 +30,7 @@ from vllm_unified import AsyncVllmUnified, OverloadedError
 from vllm_unified.endpoints.adaptive import AdaptiveLimit
 from vllm_unified.settings import Settings
 from vllm_unified.simulator import Fleet, SimulatorConfig, Timing
-from vllm_unified.wire.http import AiohttpTransport
+from vllm_unified.wire.http import HttpTransport
 
 CEILING = 256
 CALLERS = 300
@@ -96,7 +96,7 @@ class Load:
         self.answers = 0
         self.refusals = 0
         self._gate = Gate(limit)
-        self._transport = AiohttpTransport(Settings())
+        self._transport = HttpTransport(Settings())
         self._random = random.Random(0)
 
     @contextlib.asynccontextmanager

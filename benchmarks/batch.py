@@ -24,12 +24,15 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from pipeline import MemoryTransport
+from pipeline import bare as without_pipeline
+
 from vllm_unified import AsyncVllmUnified
 from vllm_unified.results import ResultMetadata
 from vllm_unified.settings import Settings
 from vllm_unified.simulator import Fleet
-from vllm_unified.wire.http import AiohttpTransport
-from vllm_unified.wire.requests import generation_request
+from vllm_unified.wire.http import HttpTransport
+from vllm_unified.wire.requests import WireRequest, generation_request
 from vllm_unified.wire.responses import generation_decoder
 
 AT_ONCE = 64
@@ -72,7 +75,7 @@ def make_prompts(count: int) -> list[str]:
 
 async def bare(url: str, prompts: list[str]) -> int:
     """The prompts over the bare transport; how many were answered."""
-    transport = AiohttpTransport(Settings())
+    transport = HttpTransport(Settings())
     waiting = iter(prompts)
     headers = {"Content-Type": "application/json"}
     answered = 0
@@ -109,6 +112,45 @@ async def measure(run: Callable[[], Awaitable[int]]) -> tuple[float, float]:
     answered = await run()
     seconds = time.perf_counter() - clock
     return (time.process_time() - cpu) / answered * 1e6, answered / seconds
+
+
+async def layers(prompts: list[str]) -> None:
+    """CPU of a prompt where the transport answers from memory: the bare loop, a loop over the
+    pipeline of a request, and the batch on top of that; medians."""
+    settings = {"api_url": "http://gpu:8000", "max_concurrent_requests": AT_ONCE}
+
+    async def loop(send: Callable[[WireRequest], Awaitable[object]]) -> int:
+        waiting = iter(prompts)
+
+        async def worker() -> None:
+            for prompt in waiting:
+                await send(generation_request({"prompt": prompt, **PARAMS}))
+
+        await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
+        return len(prompts)
+
+    transport = MemoryTransport()
+    async with AsyncVllmUnified({"transport": transport}, **settings) as vllm:
+        fleet = vllm.create_load_balancer(["http://gpu:8000"]).fleet
+
+        async def piped(request: WireRequest) -> object:
+            return await fleet.send(request, fleet.settings, generation_decoder(request))
+
+        async def batched() -> int:
+            async with vllm.stream_batch(prompts, PARAMS, pack=1) as answers:
+                return sum([answer.error is None async for answer in answers])
+
+        ways = {
+            "bare loop": lambda: loop(lambda request: without_pipeline(transport, request)),
+            "pipeline": lambda: loop(piped),
+            "stream_batch": batched,
+        }
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(ROUNDS):
+            for name, way in ways.items():
+                found[name].append((await measure(way))[0])
+    for name, figures in found.items():
+        print(f"{name + ', from memory:':28}{statistics.median(figures):6.1f} us of CPU a prompt")
 
 
 async def compare(url: str, prompts: list[str]) -> None:
@@ -157,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=100_000)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--memory", action="store_true", help="only the memory")
     chosen = parser.parse_args()
     import uvloop
 
@@ -167,8 +210,11 @@ def main() -> None:
             profiler.runcall(runner.run, batch(url, prompts))
             pstats.Stats(profiler).sort_stats("tottime").print_stats(45)
             return
-        runner.run(compare(url, prompts))
+        runner.run(batch(url, prompts[:WARM_UP]))
         runner.run(remember(url, prompts))
+        if not chosen.memory:
+            runner.run(layers(prompts))
+            runner.run(compare(url, prompts))
 
 
 if __name__ == "__main__":

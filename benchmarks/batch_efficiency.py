@@ -32,7 +32,7 @@ from vllm_unified.servers.bundled import ensure_bundled_model
 from vllm_unified.servers.engines import Engine, find_engine
 from vllm_unified.servers.spec import environment, resolved
 from vllm_unified.settings import Settings
-from vllm_unified.wire.http import AiohttpTransport
+from vllm_unified.wire.http import HttpTransport
 from vllm_unified.wire.requests import generation_request
 from vllm_unified.wire.responses import generation_decoder
 
@@ -138,7 +138,7 @@ async def openai_python(url: str, model: str, tokens: int, prompts: list[str], a
 
 async def bare(url: str, tokens: int, prompts: list[str]) -> int:
     """All prompts at once over the bare transport; tokens."""
-    transport = AiohttpTransport(Settings())
+    transport = HttpTransport(Settings())
     headers = {"Content-Type": "application/json"}
 
     async def answer(prompt: str) -> int:
@@ -174,9 +174,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help='JSON lines with a "question"')
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--brief", action="store_true", help="only the first three, and no bare loop"
-    )
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--packs", action="store_true", help="compare sizes of packs instead")
+    parser.add_argument("--brief", action="store_true", help="only the first three ways")
     chosen = parser.parse_args()
     lines = chosen.data.read_text().splitlines()[: chosen.prompts]
     questions = [json.loads(line)["question"] for line in lines]

@@ -19,10 +19,10 @@ import multiprocessing
 import random
 import re
 import statistics
+import urllib.request
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
-import aiohttp
 import msgspec
 
 from vllm_unified import AsyncVllmUnified, LoadBalancer
@@ -142,13 +142,12 @@ def servers(system: str) -> Iterator[list[str]]:
         process.join()
 
 
-async def prefix_cache(urls: list[str]) -> tuple[float, float]:
+def prefix_cache(urls: list[str]) -> tuple[float, float]:
     """Prompt tokens that were looked up in the caches of these servers, and those found."""
     queries = hits = 0.0
-    async with aiohttp.ClientSession() as session:
-        for url in urls:
-            async with session.get(f"{url}/metrics") as response:
-                exposition = await response.text()
+    for url in urls:
+        with urllib.request.urlopen(f"{url}/metrics") as response:
+            exposition = response.read().decode()
             queries += counter(exposition, "vllm:prefix_cache_queries_total")
             hits += counter(exposition, "vllm:prefix_cache_hits_total")
     return queries, hits
@@ -166,7 +165,7 @@ async def run(urls: list[str], strategy: str, system: str) -> Figures:
         await converse(balancer, system)
         found = vllm.get_stats()
         requests = [found.endpoints[endpoint.id].requests for endpoint in balancer.endpoints]
-    queries, hits = await prefix_cache(urls)
+    queries, hits = prefix_cache(urls)
     first_token = found.overall.time_to_first_token
     assert first_token is not None
     return Figures(

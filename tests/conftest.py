@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -21,6 +22,30 @@ OUTSIDE = (
     "VLLM_API_URL VLLM_MODEL VLLM_API_KEY VLLM_TIMEOUT VLLM_UNIFIED_CONFIG "
     "HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy"
 ).split()
+
+
+# A supervisor with a fake engine; a program in a terminal of its own.
+STARTS_PROGRAMS = {"fakes", "terminal"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts other programs, which takes seconds where other tests take milliseconds;
+    and keep the live tests that share servers together."""
+    for item in items:
+        if not STARTS_PROGRAMS.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("processes")
+        if item.get_closest_marker("live") and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group("shared servers"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_core_for_each_worker() -> None:
+    """By itself, vLLM binds the threads of every server to the same core."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        core = int(worker.removeprefix("gw")) % (os.cpu_count() or 1)
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ PURE = (
     "fleet.continuation fleet.stops endpoints.backoff "
     "models.info models.facts models.served models.metrics models.statistics models.lora.adapters "
     "models.lora.placement models.lora.fit models.fidelity models.quantization arguments "
-    "batch.answer batch.errors batch.metrics batch.patience batch.requests batch.source"
+    "batch.answer batch.errors batch.metrics batch.patience batch.requests batch.packing"
     " batch.jobs.template batch.jobs.question batch.jobs.columns batch.jobs.fingerprint "
     "batch.jobs.summary batch.files.rows batch.files.shape batch.files.lines"
 ).split()
@@ -32,7 +32,8 @@ IO = {
     "ssl",
     "http.client",
     "urllib.request",
-    "aiohttp",
+    "httptools",
+    "aiohappyeyeballs",
     "subprocess",
     "threading",
 }
@@ -86,13 +87,9 @@ def test_decisions_do_no_input_or_output(module: str) -> None:
 
 
 def test_one_module_knows_the_http_library() -> None:
-    knowing = [
-        module
-        for module in CLIENT
-        if any(name.split(".")[0] in ("aiohttp", "yarl") for name in imports(MODULES[module]))
-    ]
+    knowing = [module for module in CLIENT if "httptools" in imports(MODULES[module])]
 
-    assert knowing == ["wire.http"]
+    assert knowing == ["wire.connection"]
 
 
 @pytest.mark.parametrize("module", CLIENT)

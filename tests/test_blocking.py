@@ -111,8 +111,8 @@ def test_closed_by_another_thread_the_call_ends_at_once(server: ScriptedServer) 
         vllm.close()
 
         with pytest.raises(ClientClosedError, match="closed"):
-            call.result(5)
-    assert time.monotonic() - started < 2
+            call.result(20)
+    assert time.monotonic() - started < 10
     until(lambda: server.open_connections == 0)
 
 
@@ -236,7 +236,7 @@ def test_a_program_that_does_not_close_ends_silently(server: ScriptedServer, cod
     server.respond(repeat)
 
     with run(code, server) as program:
-        output, errors = program.communicate(timeout=10)
+        output, errors = program.communicate(timeout=60)
 
     assert (program.returncode, output, errors) == (0, "", "")
 

@@ -585,7 +585,7 @@ def test_whatever_comes_nothing_foreign_comes_out(server: ScriptedServer, answer
 
     async def call() -> None:
         server.always(answer, CLOSE)
-        async with AsyncVllmUnified(api_url=server.url, timeout=5, max_retries=0) as vllm:
+        async with AsyncVllmUnified(api_url=server.url, timeout=30, max_retries=0) as vllm:
             for attempt in (vllm.generate("a"), vllm.stream("a").collect()):
                 with contextlib.suppress(VllmError):
                     await attempt

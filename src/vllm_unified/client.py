@@ -615,10 +615,10 @@ async def _generate(fleet: Fleet, request: WireRequest, settings: Settings) -> G
 
 
 def _make_transport(settings: Settings) -> Transport:
-    # aiohttp takes longer to import than everything else together.
-    from vllm_unified.wire.http import AiohttpTransport
+    # TLS and names take longer to import than everything else together.
+    from vllm_unified.wire.http import HttpTransport
 
-    return AiohttpTransport(settings)
+    return HttpTransport(settings)
 
 
 def _tell_terminal(message: str) -> None:

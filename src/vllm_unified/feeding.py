@@ -71,6 +71,8 @@ class CallersIterable(AsyncIterator[T], Generic[T]):
     def _read(self, here: Callable[[], None]) -> None:
         """Some items; in the caller's thread. The first is told of at once: the next may take its
         time."""
+        if self._is_empty:
+            return
         end = time.monotonic() + _LONGEST
         try:
             for number in range(_MOST_AT_ONCE):

@@ -9,6 +9,7 @@ from vllm_unified.batch.patience import (
     LONGEST_PAUSE,
     OF_A_REFUSAL,
     PATIENCE,
+    PROOF,
     Patience,
     blame_of,
 )
@@ -123,6 +124,16 @@ class TestStrikes:
 
         assert patience.strikes(ConnectionLostError("a"), began=4) == 1
         assert patience.strikes(ConnectionLostError("a"), began=6) == 0
+
+    def test_so_does_a_look_at_the_servers_that_found_them_well(self) -> None:
+        patience = Patience()
+        patience.failed("server", now=100)
+        patience.proved(now=200)
+
+        assert patience.trouble is None
+        assert patience.strikes(ConnectionLostError("a"), began=199) == 0
+        assert patience.strikes(ConnectionLostError("a"), began=201) == 1
+        assert patience.strikes(ConnectionLostError("a"), began=201 + PROOF) == 0
 
     def test_so_does_the_servers_own_answer(self) -> None:
         error = ServerError("it broke", status_code=500)

@@ -178,7 +178,7 @@ class TestReading:
     async def test_in_order_a_slow_answer_holds_it_back(self, server: ScriptedServer) -> None:
         gates = Gates(server, "0")
         async with make_client("async", api_url=server.url, max_concurrent_requests=8) as vllm:
-            stream = vllm.stream_batch(map(str, range(100_000)), ordered=True)
+            stream = vllm.stream_batch(map(str, range(100_000)), ordered=True, pack=1)
             async with stream:
                 first = asyncio.ensure_future(anext(stream))
                 before = -1

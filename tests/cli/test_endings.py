@@ -16,6 +16,8 @@ from tests.support import answers
 from tests.support.scripted import STALL, ScriptedServer
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.processes
+
 KEY = "sk-very-secret"
 COMMAND = (sys.executable, "-c", "from vllm_unified.cli import main; main()")
 
@@ -71,7 +73,7 @@ def test_wrong_usage(cli: Cli, args: list[str]) -> None:
 
 def test_without_its_packages_it_says_what_to_install() -> None:
     block = "import sys; sys.modules['typer'] = None; from vllm_unified.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr == "The command line is an extra: pip install 'vllm-unified[cli]'\n"
 
@@ -125,7 +127,7 @@ def test_ctrl_c(vllm: ScriptedServer, json: list[str]) -> None:
     with started("generate", "Hi", "--url", vllm.url, *json) as process:
         until(lambda: bool(vllm.requests), 20)
         process.send_signal(signal.SIGINT)
-        _, complaints = process.communicate(timeout=20)
+        _, complaints = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in complaints
     until(lambda: vllm.open_connections == 0)

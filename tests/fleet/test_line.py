@@ -666,4 +666,4 @@ class TestStrategies:
 
         assert (await rig.tasks[0]).text == "a"
         with pytest.raises(ConfigurationError, match="no idea"):
-            await asyncio.wait_for(waiting, 1)
+            await asyncio.wait_for(waiting, 20)

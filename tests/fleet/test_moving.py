@@ -12,7 +12,7 @@ from vllm_unified.simulator.background import Fleet
 
 
 def client_of(url: str) -> AsyncVllmUnified:
-    return AsyncVllmUnified(api_url=url, timeout=5, max_retries=0)
+    return AsyncVllmUnified(api_url=url, timeout=30, max_retries=0)
 
 
 async def ask(client: AsyncVllmUnified, where: str | None = None) -> str:

@@ -279,7 +279,7 @@ class TestTheClocks:
         with pytest.raises(StreamStalledError):
             await anext(stream)
 
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 10
 
     async def test_the_total(self, rig: Rig) -> None:
         stream = rig.stream(sse(ONCE), STALL, total_timeout=0.15, idle_timeout=2)
@@ -572,7 +572,7 @@ class TestLeaving:
         await anext(stream)
 
         readers = [asyncio.ensure_future(anext(stream)) for _ in range(2)]
-        ends = await asyncio.wait_for(asyncio.gather(*readers, return_exceptions=True), 2)
+        ends = await asyncio.wait_for(asyncio.gather(*readers, return_exceptions=True), 20)
 
         assert StreamTruncatedError in map(type, ends)
         assert all(isinstance(end, VllmError | StopAsyncIteration) for end in ends)

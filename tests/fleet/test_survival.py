@@ -30,7 +30,7 @@ from vllm_unified import (
 from vllm_unified.events import StreamContinuedEvent
 from vllm_unified.settings import Settings
 from vllm_unified.simulator import Simulator
-from vllm_unified.wire.http import AiohttpTransport
+from vllm_unified.wire.http import HttpTransport
 from vllm_unified.wire.transport import Response
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
@@ -281,7 +281,7 @@ async def test_a_cut_may_lie_inside_a_character(prompt: str, form: str) -> None:
 # Chunks of several tokens.
 
 
-class JoiningTransport(AiohttpTransport):
+class JoiningTransport(HttpTransport):
     """Makes one event of ``size`` of the server's, as a server with a stream interval does."""
 
     def __init__(self, size: int) -> None:

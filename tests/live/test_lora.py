@@ -14,13 +14,13 @@ import pytest
 
 from tests.support.adapters import write_adapter
 from tests.support.clients import KINDS, make_client
-from tests.support.vllm import all_running
+from tests.support.vllm import OWN_SERVERS, all_running
 from tests.support.waiting import eventually
 from vllm_unified import AdapterError, AsyncVllmUnified, ModelNotFoundError
 from vllm_unified.servers import BUNDLED_NAME, LocalServer, ServerSpec
 from vllm_unified.servers.cache import models_dir
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(900), OWN_SERVERS]
 
 SPEC = ServerSpec(
     enable_lora=True,

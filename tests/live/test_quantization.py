@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.vllm import OWN_SERVERS
 from vllm_unified import (
     AsyncVllmUnified,
     QuantizationError,
@@ -31,6 +32,7 @@ from vllm_unified.servers.rollouts.successor import successor
 
 pytestmark = [
     pytest.mark.live,
+    OWN_SERVERS,
     # Making the 4-bit checkpoint takes minutes where it is not cached.
     pytest.mark.timeout(2400),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="servers run on Linux only"),

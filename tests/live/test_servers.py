@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from tests.support.vllm import OWN_SERVERS
 from vllm_unified.errors import ServerStartError
 from vllm_unified.servers import LocalServer, ServerSpec, running_servers
 from vllm_unified.servers.guard import session_members
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.live,
+    OWN_SERVERS,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="servers run on Linux only"),
 ]

@@ -19,6 +19,7 @@ import msgspec
 import pytest
 
 from tests.support.adapters import write_adapter
+from tests.support.vllm import OWN_SERVERS
 from vllm_unified.errors import ServerError
 from vllm_unified.servers import LocalServer, ServerSpec, running_servers
 from vllm_unified.servers.bundled import ensure_bundled_model
@@ -27,6 +28,7 @@ from vllm_unified.servers.guard import living, session_members
 
 pytestmark = [
     pytest.mark.live,
+    OWN_SERVERS,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="servers run on Linux only"),
 ]

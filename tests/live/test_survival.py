@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.support.vllm import all_running
+from tests.support.vllm import OWN_SERVERS, all_running
 from tests.support.waiting import eventually
 from vllm_unified import AsyncVllmUnified, GenerationResult, GenerationStream
 from vllm_unified.servers import LocalServer, ServerSpec
 from vllm_unified.servers.guard import session_members
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(900), OWN_SERVERS]
 
 TOKENS = 72
 GREEDY: dict[str, Any] = {

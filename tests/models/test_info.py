@@ -325,7 +325,7 @@ async def test_a_source_that_hangs_takes_no_longer_than_the_timeout(
     async with AsyncVllmUnified(api_url=server.url) as vllm:
         began = time.monotonic()
         found = await vllm.get_model_info(timeout=0.2)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5
     assert (found.id, found.version, found.dtype) == ("m", "0.32.0", None)
 
 

@@ -41,19 +41,19 @@ async def servers() -> AsyncIterator[list[Simulator]]:
 async def either(
     request: pytest.FixtureRequest, servers: list[Simulator]
 ) -> AsyncIterator[AsyncVllmUnified]:
-    async with make_client(request.param, resources=members(servers), timeout=10) as vllm:
+    async with make_client(request.param, resources=members(servers), timeout=60) as vllm:
         yield vllm
 
 
 @pytest.fixture
 async def vllm(servers: list[Simulator]) -> AsyncIterator[AsyncVllmUnified]:
-    async with AsyncVllmUnified(members(servers), timeout=10) as vllm:
+    async with AsyncVllmUnified(members(servers), timeout=60) as vllm:
         yield vllm
 
 
 @pytest.fixture
 async def alone(servers: list[Simulator]) -> AsyncIterator[AsyncVllmUnified]:
-    async with AsyncVllmUnified(api_url=servers[0].url, timeout=10) as vllm:
+    async with AsyncVllmUnified(api_url=servers[0].url, timeout=60) as vllm:
         yield vllm
 
 

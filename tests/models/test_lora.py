@@ -48,7 +48,7 @@ async def vllm(
 ) -> AsyncIterator[AsyncVllmUnified]:
     members = {name: server.url for name, server in zip("abc", servers, strict=True)}
     async with make_client(
-        request.param, resources={"endpoints": members}, model="base", timeout=10
+        request.param, resources={"endpoints": members}, model="base", timeout=60
     ) as vllm:
         yield vllm
 
@@ -56,7 +56,7 @@ async def vllm(
 @pytest.fixture
 async def alone(servers: list[Simulator]) -> AsyncIterator[AsyncVllmUnified]:
     """A client of the first server only."""
-    async with AsyncVllmUnified(api_url=servers[0].url, timeout=10, max_retries=0) as vllm:
+    async with AsyncVllmUnified(api_url=servers[0].url, timeout=60, max_retries=0) as vllm:
         yield vllm
 
 
@@ -235,7 +235,7 @@ async def test_two_clients_replace_it_at_once_and_both_have_answers(
         while not done.is_set():
             await client.generate("Hi", model="x", max_tokens=3)
 
-    async with AsyncVllmUnified(api_url=servers[0].url, timeout=10, max_retries=0) as other:
+    async with AsyncVllmUnified(api_url=servers[0].url, timeout=60, max_retries=0) as other:
         both = (alone, other)
         for client in both:
             await client.load_lora_adapter(adapter_name="x", adapter_path="/v0")

@@ -12,7 +12,7 @@ import psutil  # type: ignore[import-untyped, unused-ignore]
 from vllm_unified import AsyncVllmUnified
 from vllm_unified.events import RequestEndEvent, RequestStartEvent
 from vllm_unified.settings import Settings
-from vllm_unified.wire.http import AiohttpTransport
+from vllm_unified.wire.http import HttpTransport
 from vllm_unified.wire.transport import Response
 
 STEP = 0.1
@@ -41,7 +41,7 @@ class Ledger:
         self.by_server: Counter[tuple[str, int]] = Counter()
         """Attempts by server and second."""
         self._sent: set[str] = set()
-        self._inner = AiohttpTransport(Settings())
+        self._inner = HttpTransport(Settings())
 
     def watch(self, client: AsyncVllmUnified) -> None:
         """Listen to this client, whose transport this is."""

@@ -45,7 +45,7 @@ async def test_who_waits_for_a_server_that_refuses_is_sent_when_its_pause_is_ove
     server = vllm_fleet.add()
     server.fail_next("busy", times=3)
 
-    async with AsyncVllmUnified(api_url=server.url, timeout=10, max_retries=3) as vllm:
+    async with AsyncVllmUnified(api_url=server.url, timeout=60, max_retries=3) as vllm:
         result = await vllm.generate("Hello", max_tokens=1)
 
     assert len(result.metadata.attempts) == 4

@@ -95,7 +95,7 @@ def post(url: str, body: object) -> None:
     """Send JSON; how it is answered, if at all, is no matter."""
     request = urllib.request.Request(url, json.dumps(body).encode())
     with contextlib.suppress(OSError, HTTPException):
-        urllib.request.urlopen(request, timeout=5).close()
+        urllib.request.urlopen(request, timeout=30).close()
 
 
 class Followed:
@@ -117,7 +117,7 @@ class Followed:
 
     async def over(self) -> str:
         """Wait until it is over; why."""
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(30):
             return await self.task
 
 

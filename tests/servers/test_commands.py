@@ -63,7 +63,7 @@ async def test_a_detached_server_outlives_its_starter_and_is_found_again(fakes: 
         [sys.executable, "-c", STARTER, encoded],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=True,
     )
     [record] = running_servers()
@@ -381,7 +381,7 @@ async def test_the_end_of_vllm_ends_the_waiting(fakes: Fakes) -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.shield(handing), 0.2)
         await fakes.tell(old, "exit", code=1)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await handing
         assert fakes.alive() == {new.pid}
 

@@ -74,7 +74,7 @@ def spec_for(docker: FakeDocker, *, max_restarts: int = 3, **fields: Any) -> Con
 
 
 def server_for(docker: FakeDocker, *, keep: bool = False, **fields: Any) -> ContainerServer:
-    return ContainerServer(spec_for(docker, **fields), keep=keep, pacing=PACING, start_timeout=5)
+    return ContainerServer(spec_for(docker, **fields), keep=keep, pacing=PACING, start_timeout=30)
 
 
 async def test_it_starts_answers_and_is_removed(docker: FakeDocker) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from email.utils import parsedate_to_datetime
@@ -79,9 +81,8 @@ async def test_a_stall_within_a_stream_ends(server: Simulator) -> None:
         start = time.monotonic()
         for _ in range(2):
             await reader.readuntil(b"}\n\n")
-        before = time.monotonic() - start
         rest, _ = await read_all(reader)
-        assert time.monotonic() - start - before > 0.15
+        assert time.monotonic() - start >= 0.2
     assert b"[DONE]" in rest
 
 
@@ -289,7 +290,7 @@ async def test_an_engine_that_dies_fails_streams_and_exits() -> None:
             assert (reply.status, await reply.read()) == (503, b"")
         received, _ = await ask(server, WHOLE)
         assert received.startswith(b"HTTP/1.1 500 ")
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             await server.wait_stopped()
         with pytest.raises(ConnectionRefusedError):
             await ask(server, WHOLE)
@@ -305,6 +306,23 @@ async def test_a_killed_server_resets_and_refuses(server: Simulator) -> None:
     with pytest.raises(ConnectionRefusedError):
         await ask(server, WHOLE)
     assert not server.running
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_connection_that_comes_with_the_end_is_not_left_open(turns: int) -> None:
+    """After so many turns of the loop it waits, is accepted, or is about to be served."""
+    loop = asyncio.get_running_loop()
+    async with Simulator() as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.create_connection(address)) for _ in range(20)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            server.kill()
+            for each in sockets:
+                each.setblocking(False)
+                with contextlib.suppress(ConnectionResetError):
+                    assert await asyncio.wait_for(loop.sock_recv(each, 1), 10) == b""
 
 
 async def test_a_restarted_server_has_the_same_address_and_forgot_everything() -> None:
@@ -327,12 +345,12 @@ async def test_a_restarted_server_has_the_same_address_and_forgot_everything() -
 async def test_ten_times_slower() -> None:
     timing = Timing(time_to_first_token=0.01, inter_token_latency=0.005)
     async with Simulator(timing=timing) as server:
-        fast = await seconds(server)
+        fast = min([await seconds(server) for _ in range(3)])
         server.fail_next("slow", factor=10)
         slow = await seconds(server)
         assert slow > 4 * fast
         server.heal()
-        assert await seconds(server) < slow / 3
+        assert min([await seconds(server) for _ in range(3)]) < slow / 3
 
 
 async def seconds(server: Simulator) -> float:
@@ -343,7 +361,7 @@ async def seconds(server: Simulator) -> float:
 
 async def until(condition: Any) -> None:
     """Let the loop run until something is so."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         # What is waited for is the server's own state, which no event announces.
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)

@@ -6,7 +6,13 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
 from vllm_unified.servers import LocalServer, ServerSpec
+
+OWN_SERVERS = pytest.mark.xdist_group("own servers")
+"""Live tests that start servers of their own, and spend their time on that. All others share some,
+whose requests they count. With ``--dist loadgroup`` each kind has a worker."""
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-SECONDS = 10.0
+SECONDS = 30.0
 
 
 def until(condition: Callable[[], bool], seconds: float = SECONDS) -> None:

@@ -176,12 +176,12 @@ def test_a_byte_order_mark_may_be_cut(at: int) -> None:
 def test_a_line_of_4_mb_in_small_packets_takes_linear_time() -> None:
     line = b"data: " + b"x" * 4 * 2**20 + b"\n\n"
     packets = [line[at : at + 512] for at in range(0, len(line), 512)]
-    started = time.perf_counter()
+    started = time.process_time()
 
     events = decode(*packets)
 
     # 8,193 packets: a decoder that scans or copies from the start each time moves 17 GB.
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert len(events[0].data) == 4 * 2**20
 
 

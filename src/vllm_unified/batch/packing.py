@@ -68,7 +68,12 @@ class PackSize:
 
     def give_up(self) -> None:
         """Packs do not work here."""
-        self._most = self.size = self._base = 1
+        self.allow(1)
+
+    def allow(self, prompts: int) -> None:
+        """No more than so many may be in one request."""
+        self._most = min(self._most, prompts)
+        self.size, self._base = min(self.size, prompts), min(self._base, prompts)
 
     def answered(self, prompts: int, *, under_way: int, servers: int, now: float) -> None:
         """So many prompts were answered.

@@ -29,6 +29,8 @@ FIRST_PATIENCE = 10.0
 """Seconds, of a batch that had none yet: more likely than an outage is a wrong address."""
 STRIKES = 4
 """How often a prompt may fail that others, or the server's own words, show to be the reason."""
+PROOF = 30.0
+"""Seconds for which a look at the servers counts."""
 OF_A_REFUSAL = 1 / 8
 """Strikes. Nothing was generated, and many may be refused while a limit is found."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0
@@ -73,13 +75,14 @@ class Patience:
     as a success there ends the trouble. Times are monotonic seconds.
     """
 
-    __slots__ = ("_last_success", "_seconds", "_setup", "trouble")
+    __slots__ = ("_last_success", "_proved", "_seconds", "_setup", "trouble")
 
     def __init__(self, seconds: float | None = None) -> None:
         """``seconds`` of trouble; ``None``: ``PATIENCE``, or ``FIRST_PATIENCE`` before the first
         success."""
         self._seconds = seconds
         self._last_success = -math.inf
+        self._proved = -math.inf
         self._setup = False
         self.trouble: float | None = None
         """When it began; ``None`` where there is none."""
@@ -105,6 +108,11 @@ class Patience:
         if self.trouble is None:
             self.trouble = now
 
+    def proved(self, now: float) -> None:
+        """The servers are well, as they show otherwise; it begins anew."""
+        self._proved = now
+        self.trouble = None
+
     def calm(self) -> None:
         """There is nothing more to be tried again."""
         self.trouble = None
@@ -122,9 +130,10 @@ class Patience:
 
     def strikes(self, error: VllmError, *, began: float) -> float:
         """How much this failure of a try, which began then, tells of the prompt rather than of the
-        server: something if others succeeded meanwhile, or if the server answered that it failed;
-        little if the prompt was not even taken."""
-        others = self._last_success > began
+        server: something if others succeeded meanwhile, if the servers had just been well, or if
+        the server answered that it failed; little if the prompt was not even taken."""
+        proved = 0 <= began - self._proved <= PROOF
+        others = proved or self._last_success > began
         if was_refused(error):
             return OF_A_REFUSAL if others else 0.0
         if others:

@@ -13,7 +13,7 @@ from vllm_unified.batch.errors import BatchStoppedError
 from vllm_unified.batch.metrics import BatchMetrics, Counter
 from vllm_unified.batch.outbox import Outbox
 from vllm_unified.batch.packing import PackSize, own_results
-from vllm_unified.batch.patience import STRIKES, Blame, Patience, blame_of
+from vllm_unified.batch.patience import STRIKES, Blame, Patience, blame_of, was_refused
 from vllm_unified.batch.requests import RequestMaker
 from vllm_unified.batch.source import Source
 from vllm_unified.batch.work import Pack, Work
@@ -46,7 +46,7 @@ class BatchRun:
     """The work of one batch.
 
     *Workers* are tasks that each take a prompt, send it and deliver its answer, again and again, as
-    many as the fleet has an appetite for. One that finds nothing to do ends, and whatever gives it
+    many as the fleet lets through. One that finds nothing to do ends, and whatever gives it
     something to do hires another: the consumer that made room, the alarm of a prompt that is to be
     tried again, another worker. So nothing waits but for a server, and the prompts that are held
     in memory are those under way, as many at most to be tried again, and as many answers.
@@ -272,7 +272,7 @@ class BatchRun:
         if results is None:
             # Nobody can say how many tokens each took; it is asked for one by one.
             self._pack.give_up()
-            self._split(pack)
+            self._split(pack, pack.halves())
             return
         self._counter.packed(len(works))
         duration = time.monotonic() - pack.began
@@ -324,10 +324,13 @@ class BatchRun:
             self._fail(error)
             return
         if len(pack.works) > 1 and not isinstance(error, ConnectError | CircuitOpenError):
-            # One of them may be the reason, or their number.
             if isinstance(error, ProtocolError):
                 self._pack.give_up()
-            self._split(pack)
+            if was_refused(error):
+                self._pack.allow(len(pack.works) // 2)  # there were too many of them
+                self._split(pack, [Pack([work]) for work in pack.works])
+            else:
+                self._split(pack, pack.halves())
             return
         own_model = pack.works[0].prompt.own_model
         blame = blame_of(error, own_model=own_model)
@@ -350,13 +353,13 @@ class BatchRun:
         self._deliver_error(work.index, said, tries=work.tries)
         return True
 
-    def _split(self, pack: Pack) -> None:
-        """Find out by halves; that was no try of theirs."""
+    def _split(self, pack: Pack, parts: list[Pack]) -> None:
+        """Send the parts of a pack; that was no try of its prompts."""
         for work in pack.works:
             work.tries -= 1
         now = time.monotonic()
-        for half in pack.halves():
-            self._try_later(half, now)
+        for part in parts:
+            self._try_later(part, now)
 
     def _left(self, worker: asyncio.Task[None]) -> None:
         """A worker has ended; perhaps it was the last."""
@@ -381,6 +384,8 @@ class BatchRun:
             self._end()
         else:
             self._hire()
+            if self._alarm is None and self._again and self._again[0][0] > time.monotonic():
+                self._set_alarm()
 
     @property
     def _source_is_over(self) -> bool:
@@ -395,17 +400,18 @@ class BatchRun:
         self._set_alarm()
 
     def _set_alarm(self) -> None:
+        """Come back when the next of them is due. Of those that are due already, workers take one
+        when they have ended another."""
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
         if self._again and not self._ended:
-            # After the patience, only to find that it is over.
-            delay = max(self._again[0][0] - time.monotonic(), 0.001)
+            delay = max(self._again[0][0] - time.monotonic(), 0.0)
             self._alarm = asyncio.get_running_loop().call_later(delay, self._ring)
 
     def _ring(self) -> None:
+        self._alarm = None
         self._look()
-        self._set_alarm()
 
     def _resume(self, now: float) -> None:
         """The servers are back: nobody needs to sit out a pause."""
@@ -416,7 +422,8 @@ class BatchRun:
         self._set_alarm()
 
     async def _judge_servers(self) -> None:
-        """The patience is over: are the servers at fault, or the few prompts that were left?"""
+        """The patience is over: are the servers at fault, or the prompts that are left? Where the
+        servers are well, the prompts are tried again, and what fails now is held against them."""
         try:
             health = await best_health(self._fleet.endpoints, probe=True, timeout=_PROBE_SECONDS)
             is_well = health.healthy
@@ -428,23 +435,10 @@ class BatchRun:
         if not is_well:
             self._give_up()
             return
-        again, self._again = self._again, []
-        self._patience.calm()
-        for at, ticket, pack in again:
-            pack.works = [work for work in pack.works if not self._is_guilty(work)]
-            if pack.works:
-                heapq.heappush(self._again, (at, ticket, pack))
-        self._set_alarm()
+        now = time.monotonic()
+        self._patience.proved(now)
+        self._again = [(now, ticket, pack) for _, ticket, pack in self._again]
         self._look()
-
-    def _is_guilty(self, work: Work) -> bool:
-        """Whether a prompt that failed on servers that are well has had its last try."""
-        assert work.error is not None
-        work.strikes += 1 if work.refused else STRIKES
-        if work.strikes < STRIKES:
-            return False
-        self._deliver_error(work.index, work.error, tries=work.tries)
-        return True
 
     def _give_up(self) -> None:
         packs = sorted((pack for _, _, pack in self._again), key=lambda pack: pack.began)

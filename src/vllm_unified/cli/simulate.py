@@ -35,13 +35,8 @@ def simulate(
     ] = None,
 ) -> None:
     """Run a vLLM look-alike that fails on request: for tests, without a GPU."""
-    try:
-        from vllm_unified.simulator import SimulatorConfig, parse_fault, run
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            f"the simulator needs the package {error.name}",
-            hint="pip install 'vllm-unified[simulator]'",
-        ) from None
+    from vllm_unified.simulator import SimulatorConfig, parse_fault, run
+
     fields = {"model": model, "host": host, "port": port, **_nested(option or [])}
     try:
         config = msgspec.convert(fields, SimulatorConfig, strict=False)

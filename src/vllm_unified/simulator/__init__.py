@@ -1,7 +1,7 @@
 """A server that behaves like vLLM 0.32 and fails like one, for tests, users and benchmarks.
 
 Names are imported when they are first used: pytest loads this package for its plugin in every
-run, also where the extra ``simulator`` is not installed.
+run.
 """
 
 from __future__ import annotations
@@ -42,15 +42,7 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     for module, names in _HOMES.items():
         if name in names:
-            try:
-                value: object = getattr(import_module(f"{__name__}.{module}"), name)
-            except ModuleNotFoundError as error:
-                if error.name != "httptools":
-                    raise
-                raise ModuleNotFoundError(
-                    "the simulator needs httptools: pip install 'vllm-unified[simulator]'",
-                    name=error.name,
-                ) from None
+            value: object = getattr(import_module(f"{__name__}.{module}"), name)
             globals()[name] = value
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

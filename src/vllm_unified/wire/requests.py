@@ -379,16 +379,18 @@ def encode(body: Mapping[str, Any]) -> bytes:
         BadRequestError: a value has no place in JSON, is NaN or infinite, or holds half of a
             surrogate pair.
     """
-    for name, value in body.items():
-        if name not in _LONG_LISTS:
-            _check_finite(name, value)
-    return encode_value(body)
+    return encode_value(body, check=body)
 
 
-def encode_value(value: Any) -> bytes:
-    """As :func:`encode`, for numbers that were checked."""
+def encode_value(value: Any, *, check: Mapping[str, Any] = _NOTHING) -> bytes:
+    """As :func:`encode`, for any value; the numbers in ``check`` have to be finite."""
     try:
+        for name, field in check.items():
+            if name not in _LONG_LISTS:
+                _check_finite(name, field)
         return msgspec.json.encode(value, enc_hook=_encode_foreign)
+    except BadRequestError:
+        raise
     except UnicodeEncodeError as error:
         raise BadRequestError(
             f"the text cannot be sent as UTF-8: {error.reason} at character {error.start}",

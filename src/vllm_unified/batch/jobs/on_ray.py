@@ -23,7 +23,7 @@ from vllm_unified.errors import ConfigurationError, VllmError
 from vllm_unified.fleet.directory import Directory
 from vllm_unified.fleet.fleet import Fleet
 from vllm_unified.settings import Settings
-from vllm_unified.wire.http import AiohttpTransport
+from vllm_unified.wire.http import HttpTransport
 from vllm_unified.wire.requests import GenerationInput
 
 try:
@@ -56,7 +56,13 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
 def recipe(fleet: Fleet, patience: float | None, workers: int) -> Recipe:
     """Of a fleet, of which each of so many workers gets its share: together they have no more in
-    flight at a server, and take no more of its quota, than one client would."""
+    flight at a server than one client would.
+
+    Raises:
+        ConfigurationError: a server has a quota, which workers cannot keep together.
+    """
+    if any(endpoint.quota is not None for endpoint in fleet.endpoints):
+        raise ConfigurationError("workers on Ray cannot keep a server's quota together")
     return Recipe(
         settings=fleet.settings,
         endpoints=tuple(_share(endpoint, workers) for endpoint in fleet.endpoints),
@@ -105,7 +111,7 @@ class BatchWorker:
 
     def _connect(self) -> Fleet:
         """On the first call, for a client belongs to its event loop."""
-        directory = Directory(self._made_of.settings, None, AiohttpTransport)
+        directory = Directory(self._made_of.settings, None, HttpTransport)
         members = [directory.create_endpoint(None, each) for each in self._made_of.endpoints]
         self._fleet = directory.create_fleet(members, {}, {})
         return self._fleet

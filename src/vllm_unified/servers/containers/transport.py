@@ -56,8 +56,8 @@ class StartingTransport:
 
     def _transport(self) -> Transport:
         if self._inner is None:
-            # aiohttp takes longer to import than everything else together.
-            from vllm_unified.wire.http import AiohttpTransport
+            # TLS and names take longer to import than everything else together.
+            from vllm_unified.wire.http import HttpTransport
 
-            self._inner = AiohttpTransport(Settings(proxy=""))
+            self._inner = HttpTransport(Settings(proxy=""))
         return self._inner
