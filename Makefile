@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # sight, so that one late packet in four thousand tests is not a verdict. What is broken fails thrice.
 PATIENT := --reruns 2 --reruns-delay 2
 
-.PHONY: demo test quick processes resilience lint live wheel bench clean help
+.PHONY: demo test quick processes resilience ray lint live wheel bench clean help
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
@@ -17,19 +17,23 @@ demo: $(VENV)/.cli  ## See the main job done, on a real vLLM that is installed a
 
 test: lint  ## All tests, those on a real vLLM included; what CI runs
 	$(BIN)/vllm-unified engine install
-	$(BIN)/python -m pytest $(PATIENT) -q -n 3 --dist worksteal -m "not live and not resilience"
+	$(BIN)/python -m pytest $(PATIENT) -q -n 3 --dist worksteal -m "not live and not resilience and not ray"
 	$(BIN)/python -m pytest $(PATIENT) -m resilience --durations=10
 	$(BIN)/python -m pytest $(PATIENT) -n 2 --dist loadgroup -m live --durations=20
 	@$(MAKE) --no-print-directory wheel
 
 quick: $(VENV)/.dev  ## All tests that need no vLLM and start no programs, in seconds
-	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not live and not resilience and not processes"
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not live and not resilience and not processes and not ray"
 
 processes: $(VENV)/.dev  ## The tests that start programs: servers with a fake engine, terminals
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m "processes and not live"
 
 resilience: $(VENV)/.dev  ## Fleets of simulators under faults, an outage, and overload
 	$(BIN)/python -m pytest -m resilience
+
+ray: $(VENV)/.dev  ## Batches on a Ray cluster of two nodes here; installs ray (240 MB) first
+	@$(PIP) -e '.[ray]'
+	$(BIN)/python -m pytest -m ray
 
 live: $(VENV)/.dev  ## Only the tests on a real vLLM
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m live

@@ -31,9 +31,9 @@ from vllm_unified import (
     GenerationResult,
     Usage,
 )
-from vllm_unified.batch.job import run_job
-from vllm_unified.batch.plan import Job
-from vllm_unified.batch.question import Asking
+from vllm_unified.batch.jobs.job import run_job
+from vllm_unified.batch.jobs.plan import Job
+from vllm_unified.batch.jobs.question import Asking
 from vllm_unified.simulator import SimulatorConfig
 
 MEGABYTE = 2**20

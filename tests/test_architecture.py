@@ -23,6 +23,8 @@ PURE = (
     "models.info models.facts models.served models.metrics models.statistics models.lora.adapters "
     "models.lora.placement models.lora.fit models.fidelity models.quantization arguments "
     "batch.answer batch.errors batch.metrics batch.patience batch.requests batch.packing"
+    " batch.jobs.template batch.jobs.question batch.jobs.columns batch.jobs.fingerprint "
+    "batch.jobs.summary batch.files.rows batch.files.shape batch.files.lines"
 ).split()
 IO = {
     "asyncio",

@@ -3,9 +3,9 @@
 from vllm_unified.balancer import LoadBalancer
 from vllm_unified.batch.answer import BatchAnswer
 from vllm_unified.batch.errors import BatchError, BatchStoppedError
+from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary, JobStoppedError
 from vllm_unified.batch.metrics import BatchMetrics
 from vllm_unified.batch.stream import BatchStream
-from vllm_unified.batch.summary import BatchProgress, BatchSummary, JobStoppedError
 from vllm_unified.batch.texts import BatchResult
 from vllm_unified.blocking import BlockingLoadBalancer, VllmUnified
 from vllm_unified.bridge import BlockingBatchStream, BlockingStream

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from vllm_unified.balancer import Balanced, Where
@@ -15,9 +15,11 @@ from vllm_unified.batch.texts import BatchResult, OnError, collect_texts
 from vllm_unified.errors import VllmError
 from vllm_unified.fleet.directory import Directory
 from vllm_unified.fleet.fleet import Fleet
+from vllm_unified.wire.requests import GenerationInput
 
 if TYPE_CHECKING:
-    from vllm_unified.batch.summary import BatchProgress, BatchSummary
+    from vllm_unified.batch.jobs.on_ray import RayStream
+    from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary
 
 
 class Batching:
@@ -90,6 +92,8 @@ class Batching:
         ledger: str | os.PathLike[str] | None = None,
         endpoint_url: Where = None,
         patience: float | None = None,
+        ray: str | None = None,
+        ray_workers: int = 2,
         on_progress: Callable[[BatchProgress], object] | None = None,
         **more: Any,
     ) -> BatchSummary:
@@ -111,7 +115,7 @@ class Batching:
             response_model: What each answer has to be, as for :meth:`chat`; in the column
                 ``parsed``.
             columns: Of the answers: ``text``, ``finish_reason``, ``usage`` and ``error``, or any of
-                :data:`vllm_unified.batch.columns.COLUMNS`; ``column=name`` renames.
+                :data:`vllm_unified.batch.jobs.columns.COLUMNS`; ``column=name`` renames.
             keep: Columns of the input that the output has; by default all.
             unordered: Write rows as they are answered; those without an answer come last.
             retry_failed: Ask again the rows that have no answer.
@@ -121,6 +125,10 @@ class Batching:
             ledger: Its file; by default ``output`` with ``.ledger``, and none for ``"-"``.
             patience: Seconds without any success before it ends; by default 60, and 10 before the
                 first success.
+            ray: The address of a Ray cluster whose workers ask the servers, ``"auto"`` or
+                ``"local"``. This package has to be installed on its nodes.
+            ray_workers: How many, each on a CPU of its own. Together they have no more in flight at
+                a server than ``max_concurrent_requests``.
             on_progress: Called about twice a second.
 
         Raises:
@@ -128,9 +136,9 @@ class Batching:
             BadRequestError: a parameter is wrong; nothing was sent.
             JobStoppedError: servers or disk failed; what is done is kept.
         """
-        from vllm_unified.batch.job import run_job
-        from vllm_unified.batch.plan import Job
-        from vllm_unified.batch.question import Asking
+        from vllm_unified.batch.jobs.job import run_job
+        from vllm_unified.batch.jobs.plan import Job
+        from vllm_unified.batch.jobs.question import Asking
 
         fleet = self._fleet(endpoint_url)
         shared = {**(params or {}), **more}
@@ -158,7 +166,15 @@ class Batching:
             ledger=None if ledger is None else os.fspath(ledger),
         )
 
-        def ask(prompts: Prompts, shared: Mapping[str, Any], pack: int | None) -> BatchStream:
+        def ask(
+            prompts: AsyncIterator[GenerationInput], shared: Mapping[str, Any], pack: int | None
+        ) -> BatchStream | RayStream:
+            if ray is not None:
+                from vllm_unified.batch.jobs.on_ray import RayStream, recipe
+
+                made_of = recipe(fleet, patience, ray_workers)
+                RequestMaker(fleet.settings, shared)  # raises for what is wrong for all
+                return RayStream(ray, made_of, prompts, shared, pack, workers=ray_workers)
             requests = RequestMaker(fleet.settings, shared, embeddings=True)
             source = Source(prompts, by_priority=False)
             run = BatchRun(fleet, source, requests, ordered=False, patience=patience, pack=pack)

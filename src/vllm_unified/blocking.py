@@ -47,7 +47,7 @@ from vllm_unified.wire.requests import (
 if TYPE_CHECKING:
     from vllm_unified.servers import LocalServer, ServerSpec
 if TYPE_CHECKING:
-    from vllm_unified.batch.summary import BatchProgress, BatchSummary
+    from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary
 if TYPE_CHECKING:
     from vllm_unified.models.lora.placement import Replicas
 
@@ -631,6 +631,8 @@ class VllmUnified:
         ledger: str | os.PathLike[str] | None = None,
         endpoint_url: Where = None,
         patience: float | None = None,
+        ray: str | None = None,
+        ray_workers: int = 2,
         on_progress: Callable[[BatchProgress], object] | None = None,
         **more: Any,
     ) -> BatchSummary:
@@ -652,7 +654,7 @@ class VllmUnified:
             response_model: What each answer has to be, as for :meth:`chat`; in the column
                 ``parsed``.
             columns: Of the answers: ``text``, ``finish_reason``, ``usage`` and ``error``, or any of
-                :data:`vllm_unified.batch.columns.COLUMNS`; ``column=name`` renames.
+                :data:`vllm_unified.batch.jobs.columns.COLUMNS`; ``column=name`` renames.
             keep: Columns of the input that the output has; by default all.
             unordered: Write rows as they are answered; those without an answer come last.
             retry_failed: Ask again the rows that have no answer.
@@ -662,6 +664,10 @@ class VllmUnified:
             ledger: Its file; by default ``output`` with ``.ledger``, and none for ``"-"``.
             patience: Seconds without any success before it ends; by default 60, and 10 before the
                 first success.
+            ray: The address of a Ray cluster whose workers ask the servers, ``"auto"`` or
+                ``"local"``. This package has to be installed on its nodes.
+            ray_workers: How many, each on a CPU of its own. Together they have no more in flight at
+                a server than ``max_concurrent_requests``.
             on_progress: Called about twice a second.
 
         Raises:
@@ -692,6 +698,8 @@ class VllmUnified:
                 ledger=ledger,
                 endpoint_url=endpoint_url,
                 patience=patience,
+                ray=ray,
+                ray_workers=ray_workers,
                 on_progress=on_progress,
                 **more,
             )

@@ -99,6 +99,7 @@ def many(path: Path) -> Path:
     return path
 
 
+@pytest.mark.processes
 def test_ctrl_c_says_how_to_go_on(
     cli: Cli, vllm_simulator: BackgroundSimulator, tmp_path: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_ctrl_c_says_how_to_go_on(
     assert [row["q"] for row in rows(output)] == [f"{n}?" for n in range(3000)]
 
 
+@pytest.mark.processes
 def test_a_terminal_shows_how_far_it_is(
     vllm_simulator: BackgroundSimulator, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vllm_unified.batch.errors import BatchStoppedError
-from vllm_unified.batch.summary import JobStoppedError
+from vllm_unified.batch.jobs.summary import JobStoppedError
 from vllm_unified.cli import (
     batch,
     chat,

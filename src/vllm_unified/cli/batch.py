@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from vllm_unified.batch.columns import COLUMNS
 from vllm_unified.batch.files.formats import FORMATS
+from vllm_unified.batch.jobs.columns import COLUMNS
 from vllm_unified.cli.batch_progress import Display, display, rows_of, summary_lines
 from vllm_unified.cli.generate import Param, Temperature, parameters
 from vllm_unified.cli.target import Config, Model, Url, target
@@ -138,6 +138,17 @@ def batch(
             rich_help_panel=_JOB,
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Ask from workers on a Ray cluster: 'auto', 'local' or HOST:PORT.",
+            rich_help_panel=_JOB,
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many.", rich_help_panel=_JOB)
+    ] = 2,
     json: Annotated[
         bool, typer.Option("--json", help="Print a summary as JSON.", rich_help_panel=_JOB)
     ] = False,
@@ -179,6 +190,8 @@ def batch(
                 strict=strict,
                 ledger=ledger,
                 patience=patience,
+                ray=ray,
+                ray_workers=ray_workers,
                 on_progress=show,
             )
         except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from vllm_unified.batch.summary import BatchProgress, BatchSummary
+from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary
 from vllm_unified.cli.terminal import err
 
 _LINE_SECONDS = 10.0

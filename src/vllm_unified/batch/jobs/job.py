@@ -10,23 +10,22 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import msgspec
 
 from vllm_unified.batch.answer import BatchAnswer
-from vllm_unified.batch.delivery import Delivery, delivery_for
 from vllm_unified.batch.files.rows import Row
 from vllm_unified.batch.files.shape import Shape
 from vllm_unified.batch.files.source import Source
-from vllm_unified.batch.fingerprint import as_noted, check_same
-from vllm_unified.batch.ledger import Counts, Entry, Ledger, Outcome
-from vllm_unified.batch.output import changed_input, row_digest
-from vllm_unified.batch.plan import Job, Plan, Settled
-from vllm_unified.batch.question import bare
-from vllm_unified.batch.stream import BatchStream
-from vllm_unified.batch.summary import BatchProgress, BatchSummary, JobStoppedError
-from vllm_unified.batch.workers import Feed, Hand
+from vllm_unified.batch.jobs.delivery import Delivery, delivery_for
+from vllm_unified.batch.jobs.fingerprint import as_noted, check_same
+from vllm_unified.batch.jobs.ledger import Counts, Entry, Ledger, Outcome
+from vllm_unified.batch.jobs.output import changed_input, row_digest
+from vllm_unified.batch.jobs.plan import Job, Plan, Settled
+from vllm_unified.batch.jobs.question import bare
+from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary, JobStoppedError
+from vllm_unified.batch.jobs.workers import Feed, Hand
 from vllm_unified.errors import (
     BadRequestError,
     BatchFileError,
@@ -36,9 +35,24 @@ from vllm_unified.errors import (
 )
 from vllm_unified.wire.requests import GenerationInput
 
-Ask = Callable[[AsyncIterator[GenerationInput], Mapping[str, Any], int | None], BatchStream]
+Ask = Callable[[AsyncIterator[GenerationInput], Mapping[str, Any], int | None], "AnswerStream"]
 """Has prompts answered, in order of completion, with parameters for all, and so many of them in
 one request as is said."""
+
+
+class AnswerStream(Protocol):
+    """Answers in order of completion."""
+
+    @property
+    def trouble(self) -> VllmError | None:
+        """Why prompts fail at this moment, while none succeeds."""
+
+    def __aiter__(self) -> AsyncIterator[BatchAnswer]: ...
+
+    async def close(self) -> None:
+        """Leave what is under way. May be called twice."""
+
+
 OnProgress = Callable[[BatchProgress], object]
 
 FLUSH_SECONDS = 0.5
@@ -97,7 +111,7 @@ class _Run:
         self._ledger: Ledger | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._delivery: Delivery | None = None
-        self._answers: BatchStream | None = None
+        self._answers: AnswerStream | None = None
         self._shape = Shape(plan.source.columns or ())
         self._counts = Counts()
         self._before = Counts()
@@ -214,7 +228,7 @@ class _Run:
 
     # Rows and answers; on the event loop
 
-    async def _ask_all(self, settled: Settled, answers: BatchStream) -> None:
+    async def _ask_all(self, settled: Settled, answers: AnswerStream) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 ticking = group.create_task(self._flush_regularly())

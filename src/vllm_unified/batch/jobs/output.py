@@ -13,7 +13,7 @@ import msgspec
 from vllm_unified.batch.files.compression import Compression, compressed
 from vllm_unified.batch.files.lines import Joined, Lines
 from vllm_unified.batch.files.rows import Row
-from vllm_unified.batch.ledger import Entry, Outcome, file_error
+from vllm_unified.batch.jobs.ledger import Entry, Outcome, file_error
 from vllm_unified.errors import ConfigurationError
 
 _BLOCK = 1 << 20

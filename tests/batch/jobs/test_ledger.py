@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_unified.batch.ledger import Counts, Entry, Ledger, Outcome
+from vllm_unified.batch.jobs.ledger import Counts, Entry, Ledger, Outcome
 from vllm_unified.errors import BatchFileError, ConfigurationError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from vllm_unified.batch.files.openai_lines import openai_item
-from vllm_unified.batch.template import Template, check_columns, value_of
+from vllm_unified.batch.jobs.template import Template, check_columns, value_of
 from vllm_unified.errors import BadRequestError, ConfigurationError
 from vllm_unified.wire.requests import GenerationInput
 

@@ -14,15 +14,15 @@ from vllm_unified.batch.files.lines import Joined, Lines, lines_for
 from vllm_unified.batch.files.parquet import parquet_schema, write_parquet
 from vllm_unified.batch.files.rows import Row
 from vllm_unified.batch.files.shape import Shape
-from vllm_unified.batch.ledger import Counts, Entry, Ledger, Outcome
-from vllm_unified.batch.output import (
+from vllm_unified.batch.jobs.ledger import Counts, Entry, Ledger, Outcome
+from vllm_unified.batch.jobs.output import (
     GrowingFile,
     blocks,
     joined_again,
     joined_stored,
     write_whole,
 )
-from vllm_unified.batch.plan import Plan, Settled
+from vllm_unified.batch.jobs.plan import Plan, Settled
 
 Done = Sequence[tuple[Row, Entry]]
 """Rows, and what became of each."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_unified.batch.question import Asking, ask_for
-from vllm_unified.batch.template import Template
+from vllm_unified.batch.jobs.question import Asking, ask_for
+from vllm_unified.batch.jobs.template import Template
 from vllm_unified.errors import BadRequestError, ConfigurationError
 
 

@@ -22,10 +22,10 @@ from backports import zstd
 from tests.support.clients import KINDS, Kind, make_client
 from tests.support.waiting import eventually
 from vllm_unified import AsyncVllmUnified, BatchStoppedError, BatchSummary
-from vllm_unified.batch.job import Ask, run_job
-from vllm_unified.batch.plan import Job
-from vllm_unified.batch.question import Asking
-from vllm_unified.batch.summary import BatchProgress, JobStoppedError
+from vllm_unified.batch.jobs.job import Ask, run_job
+from vllm_unified.batch.jobs.plan import Job
+from vllm_unified.batch.jobs.question import Asking
+from vllm_unified.batch.jobs.summary import BatchProgress, JobStoppedError
 from vllm_unified.errors import BadRequestError, ConfigurationError
 from vllm_unified.simulator import BackgroundSimulator, Fleet
 
@@ -190,7 +190,7 @@ async def test_a_job_goes_on_where_it_was_interrupted(
     unordered: bool,
     suffix: str,
 ) -> None:
-    monkeypatch.setattr("vllm_unified.batch.job.FLUSH_ROWS", 5)
+    monkeypatch.setattr("vllm_unified.batch.jobs.job.FLUSH_ROWS", 5)
     options = {"unordered": unordered}
     await run(vllm, source, tmp_path / "whole.jsonl", **options)
     output = tmp_path / f"out.jsonl{suffix}"
@@ -267,7 +267,7 @@ async def test_servers_that_are_gone_end_it_with_what_to_do(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vllm_unified.batch.job.FLUSH_ROWS", 1)
+    monkeypatch.setattr("vllm_unified.batch.jobs.job.FLUSH_ROWS", 1)
     source, output = write_rows(tmp_path / "in.jsonl", 1000), tmp_path / "out.jsonl"
 
     def die(progress: BatchProgress) -> None:
@@ -338,7 +338,7 @@ async def test_input_and_output_must_differ(vllm: AsyncVllmUnified, source: Path
 async def test_an_input_that_changed_is_noticed(
     vllm: AsyncVllmUnified, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_unified.batch.job.FLUSH_ROWS", 1)
+    monkeypatch.setattr("vllm_unified.batch.jobs.job.FLUSH_ROWS", 1)
     await interrupted(vllm, source, tmp_path / "out.jsonl", 10)
     write_rows(source, ROWS + 1)
     with pytest.raises(ConfigurationError, match="input was"):
@@ -497,7 +497,7 @@ async def test_an_empty_input_makes_an_empty_output(
 async def test_without_a_name_one_model_has_to_answer_all(
     vllm_fleet: Fleet, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_unified.batch.job.FLUSH_ROWS", 1)
+    monkeypatch.setattr("vllm_unified.batch.jobs.job.FLUSH_ROWS", 1)
     one, other = vllm_fleet.add(model="one"), vllm_fleet.add(model="other")
     async with AsyncVllmUnified(max_concurrent_requests=4) as vllm:
         await interrupted(vllm, source, tmp_path / "out.jsonl", 10, endpoint_url=one.url)

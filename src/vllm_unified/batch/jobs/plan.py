@@ -9,15 +9,15 @@ from typing import IO, Any
 
 import msgspec
 
-from vllm_unified.batch.columns import DEFAULT_COLUMNS, AnswerColumns, Result
 from vllm_unified.batch.files.formats import Place, place_of
 from vllm_unified.batch.files.openai_lines import is_openai_line, openai_answer
 from vllm_unified.batch.files.rows import Row
 from vllm_unified.batch.files.source import Source
-from vllm_unified.batch.fingerprint import Fingerprint
-from vllm_unified.batch.ledger import Outcome
-from vllm_unified.batch.question import Ask, Asking, Item, ask_for
-from vllm_unified.batch.template import check_columns
+from vllm_unified.batch.jobs.columns import DEFAULT_COLUMNS, AnswerColumns, Result
+from vllm_unified.batch.jobs.fingerprint import Fingerprint
+from vllm_unified.batch.jobs.ledger import Outcome
+from vllm_unified.batch.jobs.question import Ask, Asking, Item, ask_for
+from vllm_unified.batch.jobs.template import check_columns
 from vllm_unified.errors import BadRequestError, ConfigurationError, VllmError
 from vllm_unified.settings import CALL_SETTINGS
 from vllm_unified.wire.structure import OutputStructure, output_structure
