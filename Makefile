@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Real processes, sockets and clocks on a machine that others use too: what fails is run again, in
 # sight, so that one late packet in four thousand tests is not a verdict. What is broken fails thrice.
-PATIENT := --reruns 2 --reruns-delay 2
+PATIENT := --reruns 2 --reruns-delay 2 -raR
 
 .PHONY: demo test quick processes resilience ray lint live wheel bench clean help
 
