@@ -10,7 +10,7 @@ PATIENT := --reruns 2 --reruns-delay 2
 .PHONY: demo test quick processes resilience ray lint live wheel bench clean help
 
 help:  ## What can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
 
 demo: $(VENV)/.cli  ## See the main job done, on a real vLLM that is installed and started here
 	@env -u VLLM_API_URL $(BIN)/vllm-unified demo
@@ -37,6 +37,11 @@ ray: $(VENV)/.dev  ## Batches on a Ray cluster of two nodes here; installs ray (
 
 live: $(VENV)/.dev  ## Only the tests on a real vLLM
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m live
+
+test-families: $(VENV)/.dev  ## Tiny models of ten families, each on a real vLLM: ten minutes, not in CI
+	$(BIN)/vllm-unified engine install
+	$(BIN)/python -m pytest -v tests/families/families.py
+	@cat build/families.md
 
 lint: $(VENV)/.dev  ## Linter, formatter, types, and whether generated code is up to date
 	$(BIN)/ruff check

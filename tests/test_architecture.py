@@ -39,7 +39,7 @@ IO = {
 }
 # Layers, lowest first; a module imports from its own and from lower ones.
 LAYERS = [
-    ("version", "errors", "results", "settings", "events"),
+    ("version", "errors", "results", "settings", "events", "deadlines"),
     ("wire",),
     ("endpoints",),
     ("fleet",),

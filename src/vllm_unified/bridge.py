@@ -19,12 +19,12 @@ from vllm_unified.batch.metrics import BatchMetrics
 from vllm_unified.batch.stream import BatchStream
 from vllm_unified.errors import ClientClosedError, StreamEnding, VllmError
 from vllm_unified.feeding import CallersIterable
-from vllm_unified.fleet.stream import GenerationStream
-from vllm_unified.results import GenerationResult, StreamChunk, Usage
+from vllm_unified.results import StreamChunk, Usage
 
 T = TypeVar("T")
 P = TypeVar("P")
-R = TypeVar("R", bound=GenerationResult)
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 _STOP_SECONDS = 5.0
 # A signal that comes just before a thread blocks is only noticed when it wakes.
@@ -97,6 +97,16 @@ class LoopThread:
             if outcome.cancel():
                 self._settle()
             raise
+
+    def submit(self, call: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
+        """Call on the loop; the outcome. Cancelling it cancels the call.
+
+        Raises:
+            ClientClosedError: as :meth:`run`.
+        """
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._submit(call, outcome)
+        return outcome
 
     def call(self, function: Callable[[], T]) -> T:
         """Call a function on the loop, and wait for it.
@@ -298,13 +308,30 @@ class _BlockingReader(Generic[P]):
         return f"<{type(self).__name__} of {self._source!r}>"
 
 
+class PulledStream(Protocol[R_co]):
+    """What a blocking stream reads from: a :class:`GenerationStream` and its like."""
+
+    @property
+    def ending(self) -> StreamEnding | None: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def usage(self) -> Usage | None: ...
+    @property
+    def result(self) -> R_co: ...
+    async def collect(self) -> R_co: ...
+    async def read_ready(self) -> list[StreamChunk]: ...
+    async def close(self) -> None: ...
+    async def __aenter__(self) -> object: ...
+
+
 class BlockingStream(_BlockingReader[StreamChunk], Generic[R]):
     """A generation as it happens: an iterator of :class:`StreamChunk`, and a context manager.
 
     The blocking form of :class:`GenerationStream`; all that is said there holds here.
     """
 
-    def __init__(self, thread: LoopThread, stream: GenerationStream[R], owner: object) -> None:
+    def __init__(self, thread: LoopThread, stream: PulledStream[R], owner: object) -> None:
         """``owner`` ends the thread when it is collected, so it is held here."""
         super().__init__(thread, stream, owner)
         self._stream = stream

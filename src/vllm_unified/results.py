@@ -50,7 +50,7 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
             ) from error
 
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
+class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Tokens that a request took."""
 
     prompt_tokens: int = 0
@@ -61,7 +61,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_tokens: int | None = None
 
 
-class Choice(msgspec.Struct, frozen=True, kw_only=True):
+class Choice(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One generated answer."""
 
     index: int
@@ -192,7 +192,7 @@ class ChatResult(GenerationResult, Generic[T], frozen=True, kw_only=True):
         return message
 
 
-class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A piece of a tool call: the first has id and name, the others more of the arguments."""
 
     index: int
@@ -202,7 +202,7 @@ class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
     arguments: str = ""
 
 
-class StreamChunk(msgspec.Struct, frozen=True, kw_only=True):
+class StreamChunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A piece of a stream; it always says something."""
 
     text: str

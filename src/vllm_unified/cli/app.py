@@ -20,6 +20,7 @@ from vllm_unified.cli import (
     logs,
     lora,
     models,
+    plan,
     ps,
     quantize,
     restart,
@@ -62,6 +63,7 @@ app.command()(endpoints.endpoints)
 app.command()(stats.stats)
 app.command()(quantize.quantize)
 app.command()(doctor.doctor)
+app.command()(plan.plan)
 app.command()(simulate.simulate)
 app.add_typer(engine.app, name="engine")
 app.add_typer(lora.app, name="lora")

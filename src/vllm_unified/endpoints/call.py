@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
+from random import getrandbits
 from typing import TYPE_CHECKING
 
 from vllm_unified.errors import Attempt, VllmError
@@ -39,7 +39,7 @@ class Call:
     def __init__(self, request: WireRequest, settings: Settings) -> None:
         self.request = request
         self.settings = settings
-        self.request_id = request.request_id or os.urandom(12).hex()
+        self.request_id = request.request_id or f"{getrandbits(96):024x}"
         self.attempts: list[Attempt] = []
         self.cell: StatsCell | None = None
         """Where the numbers of the last attempt are kept, also when its endpoint is removed."""

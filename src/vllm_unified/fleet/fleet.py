@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from random import random
 from typing import Any, Protocol, TypeVar
 
+from vllm_unified.deadlines import Deadlines
 from vllm_unified.endpoints.budget import RetryBudget
 from vllm_unified.endpoints.call import Call
 from vllm_unified.endpoints.endpoint import Endpoint, Slot, attempt_clock
@@ -85,6 +86,7 @@ class Fleet:
     ) -> None:
         self.settings = settings
         self.budget = RetryBudget()
+        self.deadlines = Deadlines()
         self.adapters: AdapterHook | None = None
         """Set where the client has LoRA adapters."""
         self._router = Router(strategy)
@@ -181,7 +183,7 @@ class Fleet:
             return await self._exchange(call, slot, decode)
 
         try:
-            async with asyncio.timeout(settings.timeout):
+            with self.deadlines.within(settings.timeout):
                 result = await self.attempt(call, exchange, settings.timeout)
         except VllmError as error:
             raise self.failed(call, error) from error.__cause__

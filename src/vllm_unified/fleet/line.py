@@ -167,13 +167,16 @@ class Line:
 
     def _set_alarm(self, now: float) -> None:
         """Come back when a server may be sent to again; all but time tells by itself."""
+        self.cancel_alarm()
+        roomy = [each for each in self._router.endpoints if each.in_flight < each.capacity]
+        if not roomy:
+            return
         times = [
             at
             for tokens in {queue.peek().call.request.tokens for queue in self._queues.values()}
-            for each in self._router.endpoints
-            if each.in_flight < each.capacity and (at := each.ready_at(now, tokens)) > now
+            for each in roomy
+            if (at := each.ready_at(now, tokens)) > now
         ]
-        self.cancel_alarm()
         if times:
             loop = asyncio.get_running_loop()
             self._alarm = loop.call_later(max(min(times) - now, 0.001), self.serve)

@@ -242,7 +242,7 @@ class GenerationStream(Generic[R]):
         """Attempts until a chunk has come, or the end; ``seconds`` are for all of them."""
         deadline = self._call.elapsed + seconds
         try:
-            async with asyncio.timeout(self._within_total(seconds)):
+            with self._fleet.deadlines.within(self._within_total(seconds)):
                 await self._fleet.attempt(self._call, once, deadline)
         except VllmError:
             raise
@@ -266,7 +266,7 @@ class GenerationStream(Generic[R]):
         seconds = settings.idle_timeout or settings.timeout
         within_total = self._within_total(seconds)
         try:
-            async with asyncio.timeout(within_total):
+            with self._fleet.deadlines.within(within_total):
                 await self._read()
         except VllmError:
             raise
@@ -406,10 +406,10 @@ class GenerationStream(Generic[R]):
         if not self._assembler.is_complete:
             raise StreamTruncatedError(f"the stream is cut short: {how} without a finish reason")
         assert self._response is not None
-        with contextlib.suppress(VllmError, TimeoutError):
-            async with asyncio.timeout(_END_SECONDS):
-                while await self._response.packet():
-                    pass
+        in_time = self._fleet.deadlines.within(_END_SECONDS)
+        with contextlib.suppress(VllmError, TimeoutError), in_time:
+            while await self._response.packet():
+                pass
         self._complete()
 
     def _complete(self) -> None:

@@ -17,17 +17,46 @@ from typing import Protocol, cast
 import msgspec
 
 _HEAD = b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\n"
-_BODY = (
+_BURST = 25
+"""Chunks that one connection may send in one turn of the event loop."""
+
+
+def whole_answer(text: str) -> bytes:
+    """A whole answer; it has the fields of both dialects."""
+    quoted = msgspec.json.encode(text)
+    body = (
+        b'{"id":"cmpl-fixed","object":"text_completion","created":0,"model":"sim","choices":'
+        b'[{"index":0,"text":%b,"message":{"role":"assistant","content":%b},"logprobs":null,'
+        b'"finish_reason":"stop","stop_reason":null}],"usage":{"prompt_tokens":1,'
+        b'"total_tokens":2,"completion_tokens":1}}'
+    ) % (quoted, quoted)
+    head = b"content-length: %d\r\ncontent-type: application/json\r\n\r\n" % len(body)
+    return _HEAD + head + body
+
+
+def stream_answer(chunks: int) -> tuple[bytes, ...]:
+    """A stream with so many chunks of text; each is to be sent by itself."""
+    head = (
+        _HEAD
+        + b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+    )
+    return (
+        head + _chunk(_DELTA % b"null"),
+        *[_chunk(_DELTA % b"null")] * (chunks - 2),
+        _chunk(_DELTA % b'"stop"'),
+        _chunk(b"[DONE]") + b"0\r\n\r\n",
+    )
+
+
+def _chunk(payload: bytes) -> bytes:
+    data = b"data: %b\n\n" % payload
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+_DELTA = (
     b'{"id":"cmpl-fixed","object":"text_completion","created":0,"model":"sim","choices":[{"index":0,'
-    b'"text":" Hello","message":{"role":"assistant","content":" Hello"},"logprobs":null,'
-    b'"finish_reason":"stop","stop_reason":null}],"usage":{"prompt_tokens":1,"total_tokens":2,'
-    b'"completion_tokens":1}}'
+    b'"text":" tick","delta":{"content":" tick"},"logprobs":null,"finish_reason":%b}]}'
 )
-WHOLE = _HEAD + b"content-length: %d\r\ncontent-type: application/json\r\n\r\n%b" % (
-    len(_BODY),
-    _BODY,
-)
-"""The whole answer; it has the fields of both dialects."""
 _CHOICE = (
     b'{"index":%d,"text":" Hello","logprobs":null,"finish_reason":"stop","stop_reason":null,'
     b'"token_ids":[1],"prompt_token_ids":[1]}'
@@ -57,28 +86,8 @@ def several(prompts: int) -> bytes:
 
 CHUNKS = 100
 """Chunks of text in the stream."""
-_BURST = 25
-"""Chunks that one connection may send in one turn of the event loop."""
-
-
-def _chunk(payload: bytes) -> bytes:
-    data = b"data: %b\n\n" % payload
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-_DELTA = (
-    b'{"id":"cmpl-fixed","object":"text_completion","created":0,"model":"sim","choices":[{"index":0,'
-    b'"text":" tick","delta":{"content":" tick"},"logprobs":null,"finish_reason":%b}]}'
-)
-STREAM = (
-    _HEAD
-    + b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
-    + _chunk(_DELTA % b"null"),
-    *[_chunk(_DELTA % b"null")] * (CHUNKS - 2),
-    _chunk(_DELTA % b'"stop"'),
-    _chunk(b"[DONE]") + b"0\r\n\r\n",
-)
-"""The stream, a send each."""
+WHOLE = whole_answer(" Hello")
+STREAM = stream_answer(CHUNKS)
 
 
 class Listener(Protocol):
@@ -98,8 +107,12 @@ class FixedConnection(asyncio.Protocol):
     costs more than the system call; what the socket does not take goes through the transport.
     """
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(
+        self, listener: Listener, *, whole: bytes = WHOLE, stream: tuple[bytes, ...] = STREAM
+    ) -> None:
         self._listener = listener
+        self._whole = whole
+        self._chunks = stream
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._descriptor = -1
@@ -141,7 +154,7 @@ class FixedConnection(asyncio.Protocol):
         elif data.find(_LIST[0], end) > 0 or data.find(_LIST[1], end) > 0:
             self._send(several(len(_PROMPTS.decode(data[end + 4 :]).prompt)))
         else:
-            self._send(WHOLE)
+            self._send(self._whole)
 
     def close(self) -> None:
         """Close after what is buffered was sent."""
@@ -158,21 +171,22 @@ class FixedConnection(asyncio.Protocol):
         self._pending = None
         if self._transport is None or self._transport.is_closing():
             return
-        end = min(position + _BURST, len(STREAM))
+        chunks = self._chunks
+        end = min(position + _BURST, len(chunks))
         write, descriptor = os.write, self._descriptor
         try:
             while position < end:
-                data = STREAM[position]
+                data = chunks[position]
                 position += 1
                 if (sent := write(descriptor, data)) < len(data):
                     self._wait(data[sent:], position)
                     return
         except BlockingIOError:
-            self._wait(STREAM[position - 1], position)
+            self._wait(chunks[position - 1], position)
         except OSError:
             self._transport.abort()
         else:
-            if position < len(STREAM):
+            if position < len(chunks):
                 self._loop.call_soon(self._stream, position)
 
     def _wait(self, rest: bytes, position: int) -> None:

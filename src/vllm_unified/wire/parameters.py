@@ -41,6 +41,9 @@ def check_names(names: Iterable[object], also: frozenset[str] = frozenset()) -> 
     Raises:
         BadRequestError: names the parameter and the one that was probably meant.
     """
+    names = list(names)
+    if KNOWN_PARAMETERS.issuperset(names):
+        return
     for name in names:
         if not isinstance(name, str):
             raise BadRequestError(f"the name of a parameter must be a string, not {name!r}")

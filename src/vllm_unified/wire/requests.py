@@ -252,7 +252,8 @@ def _check_messages(messages: Any) -> None:
             hint='For example [{"role": "user", "content": "Hello"}].',
         )
     for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        is_mapping = type(message) is dict or isinstance(message, Mapping)
+        if not is_mapping or not isinstance(message.get("role"), str):
             raise BadRequestError(
                 f"messages[{index}] is not a message: {_shown(message)}",
                 hint='A message looks like {"role": "user", "content": "Hello"}.',
@@ -283,25 +284,26 @@ def _build(
     for name, value in (("model", model), ("request_id", request_id)):
         if value is not None and not (isinstance(value, str) and value.isprintable()):
             raise BadRequestError(f"{name} must be a string in one line, not {_shown(value)}")
-    priority = priority_number("priority", body.get("priority", 0))
+    priority = 0
     if "priority" in body:
-        body["priority"] = priority
+        priority = body["priority"] = priority_number("priority", body["priority"])
     if stream:
         body["stream"] = True
         body.setdefault("stream_options", {"include_usage": True})
     encoded = encode(body)
+    choices = prompts * _samples(body)
     return WireRequest(
         method="POST",
         path=path,
         body=encoded,
         model=model,
         stream=stream,
-        choices=prompts * _samples(body),
+        choices=choices,
         structure=structure,
         request_id=request_id,
         priority=priority,
         session=_session(body),
-        tokens=len(encoded) // 4 + _asked_for(body) * prompts * _samples(body),
+        tokens=len(encoded) // 4 + _asked_for(body) * choices,
         fields=body if stream else _NOTHING,
     )
 
@@ -385,10 +387,13 @@ def encode(body: Mapping[str, Any]) -> bytes:
 def encode_value(value: Any, *, check: Mapping[str, Any] = _NOTHING) -> bytes:
     """As :func:`encode`, for any value; the numbers in ``check`` have to be finite."""
     try:
-        for name, field in check.items():
-            if name not in _LONG_LISTS:
-                _check_finite(name, field)
-        return msgspec.json.encode(value, enc_hook=_encode_foreign)
+        encoded = _ENCODER.encode(value)
+        # msgspec sends null for NaN and infinity.
+        if b"null" in encoded:
+            for name, field in check.items():
+                if name not in _LONG_LISTS:
+                    _check_finite(name, field)
+        return encoded
     except BadRequestError:
         raise
     except UnicodeEncodeError as error:
@@ -401,7 +406,6 @@ def encode_value(value: Any, *, check: Mapping[str, Any] = _NOTHING) -> bytes:
 
 
 def _check_finite(name: str, value: Any) -> None:
-    """msgspec would send ``null`` for NaN and infinity."""
     if isinstance(value, float):
         if not math.isfinite(value):
             raise BadRequestError(f"{name} must be a finite number, not {value}")
@@ -420,3 +424,6 @@ def _encode_foreign(value: Any) -> Any:
         if callable(dump):
             return dump()
     raise TypeError(f"a {type(value).__name__} has no place in JSON")
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=_encode_foreign)

@@ -30,7 +30,10 @@ T = TypeVar("T")
 R = TypeVar("R", bound=GenerationResult)
 
 
-class WireLogprobs(msgspec.Struct):
+# None of these can refer back to itself, so the collector need not look at them: gc=False.
+
+
+class WireLogprobs(msgspec.Struct, gc=False):
     """Both shapes of logprobs: of completions (parallel lists) and of chat (``content``)."""
 
     tokens: list[str] | None = None
@@ -39,24 +42,24 @@ class WireLogprobs(msgspec.Struct):
     content: list[WireTokenLogprob] | None = None
 
 
-class WireTokenLogprob(msgspec.Struct):
+class WireTokenLogprob(msgspec.Struct, gc=False):
     token: str
     logprob: float | None = None
     top_logprobs: list[WireTokenLogprob] | None = None
 
 
-class WireFunction(msgspec.Struct):
+class WireFunction(msgspec.Struct, gc=False):
     name: str | None = None
     arguments: str | None = None
 
 
-class WireToolCall(msgspec.Struct):
+class WireToolCall(msgspec.Struct, gc=False):
     id: str | None = None
     index: int = 0
     function: WireFunction | None = None
 
 
-class WireMessage(msgspec.Struct):
+class WireMessage(msgspec.Struct, gc=False):
     """A chat's message, or its delta in a stream."""
 
     content: str | None = None
@@ -65,7 +68,7 @@ class WireMessage(msgspec.Struct):
     tool_calls: list[WireToolCall] | None = None
 
 
-class WireChoice(msgspec.Struct):
+class WireChoice(msgspec.Struct, gc=False):
     index: int = 0
     text: str | None = None
     message: WireMessage | None = None
@@ -77,15 +80,15 @@ class WireChoice(msgspec.Struct):
     prompt_token_ids: tuple[int, ...] | None = None
 
 
-class WirePromptDetails(msgspec.Struct):
+class WirePromptDetails(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
 
 
-class WireCompletionDetails(msgspec.Struct):
+class WireCompletionDetails(msgspec.Struct, gc=False):
     reasoning_tokens: int | None = None
 
 
-class WireUsage(msgspec.Struct):
+class WireUsage(msgspec.Struct, gc=False):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     total_tokens: int | None = None
@@ -93,7 +96,10 @@ class WireUsage(msgspec.Struct):
     completion_tokens_details: WireCompletionDetails | None = None
 
 
-class WireGeneration(msgspec.Struct):
+_NO_ERROR = msgspec.Raw(b"null")
+
+
+class WireGeneration(msgspec.Struct, gc=False):
     """A completion, a chat completion, or a chunk of either's stream."""
 
     id: str | None = None
@@ -103,7 +109,7 @@ class WireGeneration(msgspec.Struct):
     choices: list[WireChoice] | None = None
     usage: WireUsage | None = None
     prompt_token_ids: tuple[int, ...] | None = None
-    error: msgspec.Raw = msgspec.Raw(b"null")
+    error: msgspec.Raw = _NO_ERROR
 
 
 class _WireModels(msgspec.Struct):
@@ -208,17 +214,20 @@ def _decode_choices(body: bytes) -> tuple[WireGeneration, tuple[Choice, ...]]:
     if not wire.choices:
         start = body[:120].decode("utf-8", "replace")
         raise ProtocolError(f"the answer has no choices; it begins {start!r}")
-    ordered = sorted(wire.choices, key=lambda choice: choice.index)
-    choices = tuple(_choice(choice, wire.prompt_token_ids) for choice in ordered)
-    if any(choice.finish_reason == "abort" for choice in choices):
-        raise GenerationAbortedError("the server aborted the generation")
-    return wire, choices
+    ordered = wire.choices
+    if len(ordered) > 1:
+        ordered = sorted(ordered, key=lambda choice: choice.index)
+    choices = []
+    for choice in ordered:
+        if choice.finish_reason == "abort":
+            raise GenerationAbortedError("the server aborted the generation")
+        choices.append(_choice(choice, wire.prompt_token_ids))
+    return wire, tuple(choices)
 
 
 def raise_reported_error(wire: WireGeneration) -> None:
     """Raise the error that stands in a 200, if one does."""
-    error = bytes(wire.error)
-    if error != b"null":
+    if wire.error is not _NO_ERROR and (error := bytes(wire.error)) != b"null":
         raise error_in_body(error)
 
 

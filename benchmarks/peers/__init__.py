@@ -1,0 +1,1 @@
+"""Clients of OpenAI-compatible servers, side by side, in one run."""
