@@ -7,23 +7,23 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # sight, so that one late packet in four thousand tests is not a verdict. What is broken fails thrice.
 PATIENT := --reruns 2 --reruns-delay 2
 
-.PHONY: demo test quick processes resilience lint live wheel bench clean help
+.PHONY: demo test quick processes resilience ray lint live wheel bench clean help
 
 help:  ## What can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
 
 demo: $(VENV)/.cli  ## See the main job done, on a real vLLM that is installed and started here
 	@env -u VLLM_API_URL $(BIN)/vllm-unified demo
 
 test: lint  ## All tests, those on a real vLLM included; what CI runs
 	$(BIN)/vllm-unified engine install
-	$(BIN)/python -m pytest $(PATIENT) -q -n 3 --dist worksteal -m "not live and not resilience"
+	$(BIN)/python -m pytest $(PATIENT) -q -n 3 --dist worksteal -m "not live and not resilience and not ray"
 	$(BIN)/python -m pytest $(PATIENT) -m resilience --durations=10
 	$(BIN)/python -m pytest $(PATIENT) -n 2 --dist loadgroup -m live --durations=20
 	@$(MAKE) --no-print-directory wheel
 
 quick: $(VENV)/.dev  ## All tests that need no vLLM and start no programs, in seconds
-	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not live and not resilience and not processes"
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not live and not resilience and not processes and not ray"
 
 processes: $(VENV)/.dev  ## The tests that start programs: servers with a fake engine, terminals
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m "processes and not live"
@@ -31,8 +31,17 @@ processes: $(VENV)/.dev  ## The tests that start programs: servers with a fake e
 resilience: $(VENV)/.dev  ## Fleets of simulators under faults, an outage, and overload
 	$(BIN)/python -m pytest -m resilience
 
+ray: $(VENV)/.dev  ## Batches on a Ray cluster of two nodes here; installs ray (240 MB) first
+	@$(PIP) -e '.[ray]'
+	$(BIN)/python -m pytest -m ray
+
 live: $(VENV)/.dev  ## Only the tests on a real vLLM
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m live
+
+test-families: $(VENV)/.dev  ## Tiny models of ten families, each on a real vLLM: ten minutes, not in CI
+	$(BIN)/vllm-unified engine install
+	$(BIN)/python -m pytest -v tests/families/families.py
+	@cat build/families.md
 
 lint: $(VENV)/.dev  ## Linter, formatter, types, and whether generated code is up to date
 	$(BIN)/ruff check
@@ -68,5 +77,5 @@ $(VENV)/.cli: pyproject.toml $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml $(VENV)/bin/python
 	@echo "Installing vllm-unified and its development tools into $(VENV) ..."
-	@$(PIP) -e '.[cli,docker,schema,speed]' --group dev
+	@$(PIP) -e '.[batch,cli,docker,schema,speed]' --group dev
 	@touch $@ $(VENV)/.cli

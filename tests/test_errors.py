@@ -32,11 +32,13 @@ from vllm_unified import (
     AuthenticationError,
     BadRequestError,
     BatchError,
+    BatchSummary,
     ConnectError,
     ConnectionLostError,
     ContextLengthError,
     EngineDeadError,
     GenerationAbortedError,
+    JobStoppedError,
     ModelNotFoundError,
     NameResolutionError,
     NotFoundError,
@@ -459,7 +461,18 @@ def classes(base: type[VllmError] = VllmError) -> list[type[VllmError]]:
     return [base] + [below for kind in own for below in classes(kind)]
 
 
-ALL = sorted(set(classes()) - {BatchError}, key=lambda kind: kind.__name__)
+ALL = sorted(set(classes()) - {BatchError, JobStoppedError}, key=lambda kind: kind.__name__)
+
+
+def test_a_stopped_job_survives_another_process() -> None:
+    numbers = dict.fromkeys(("rows", "failed", "unasked", "cut", "resumed"), 3)
+    tokens = dict.fromkeys(("prompt_tokens", "completion_tokens"), 5)
+    summary = BatchSummary(output="out", seconds=1.5, ledger="out.ledger", **numbers, **tokens)
+    error = JobStoppedError("stopped", summary=summary, hint="go on", like=OverloadedError("busy"))
+
+    copy = pickle.loads(pickle.dumps(error))
+
+    assert (copy.summary, str(copy)) == (summary, str(error))
 
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)

@@ -17,7 +17,7 @@ from vllm_unified.errors import VllmError
 ROOT = Path(__file__).parent.parent
 HEAVY = (
     "typer rich click torch ray psutil pynvml openai pydantic docker prometheus_client "
-    "jsonschema_rs transformers vllm numpy"
+    "jsonschema_rs transformers vllm numpy pyarrow sqlite3"
 ).split()
 
 

@@ -24,6 +24,7 @@ from vllm_unified import (
     AsyncVllmUnified,
     BadRequestError,
     BatchError,
+    BatchStoppedError,
     ChatResult,
     ClientClosedError,
     ConfigurationError,
@@ -425,20 +426,20 @@ class TestBatches:
         }
         assert e.value.__cause__ is e.value.errors[1]
 
-    async def test_a_server_that_fails_gets_no_more(self, server: ScriptedServer) -> None:
+    async def test_a_server_that_only_refuses_is_given_up(self, server: ScriptedServer) -> None:
         server.always(answers.BUSY_ANSWER)
         for kind in KINDS:
-            before = len(server.requests)
             async with make_client(
                 kind, api_url=server.url, max_retries=0, max_concurrent_requests=2
             ) as vllm:
-                with pytest.raises(BatchError, match="of 50 prompts failed") as caught:
-                    await vllm.batch(["a"] * 50)
+                with pytest.raises(BatchError, match="given up after 0 answers") as caught:
+                    await vllm.batch(["a"] * 50, patience=0.3)
 
-            assert len(caught.value.results) == 50
+            assert caught.value.results == [None] * 50
             assert caught.value.is_transient_error
-            assert type(next(iter(caught.value.errors.values()))) is OverloadedError
-            assert len(server.requests) - before <= 4
+            assert {type(error) for error in caught.value.errors.values()} == {OverloadedError}
+            assert len(caught.value.errors) < 10  # the others were not sent
+            assert isinstance(caught.value.__cause__, BatchStoppedError)
 
     async def test_as_many_at_once_as_the_settings_say(self, server: ScriptedServer) -> None:
         gate = threading.Event()
@@ -897,6 +898,7 @@ def blocking_form(annotation: str) -> str:
         ("GenerationStream[", "BlockingStream["),
         ("Awaitable[GenerationResult]", "GenerationResult"),
         ("LoadBalancer", "BlockingLoadBalancer"),
+        ("BatchStream", "BlockingBatchStream"),
     ):
         annotation = annotation.replace(one, other)
     return annotation

@@ -1,9 +1,14 @@
 """One Python client for every vLLM server that a team runs, and the hand that runs them."""
 
 from vllm_unified.balancer import LoadBalancer
-from vllm_unified.batch.runner import BatchError
+from vllm_unified.batch.answer import BatchAnswer
+from vllm_unified.batch.errors import BatchError, BatchStoppedError
+from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary, JobStoppedError
+from vllm_unified.batch.metrics import BatchMetrics
+from vllm_unified.batch.stream import BatchStream
+from vllm_unified.batch.texts import BatchResult
 from vllm_unified.blocking import BlockingLoadBalancer, VllmUnified
-from vllm_unified.bridge import BlockingStream
+from vllm_unified.bridge import BlockingBatchStream, BlockingStream
 from vllm_unified.client import AsyncVllmUnified
 from vllm_unified.endpoints.breaker import BreakerConfig
 from vllm_unified.endpoints.endpoint import Endpoint
@@ -15,7 +20,9 @@ from vllm_unified.errors import (
     Attempt,
     AttemptTimeoutError,
     AuthenticationError,
+    BackendError,
     BadRequestError,
+    BatchFileError,
     CircuitOpenError,
     ClientClosedError,
     ConfigurationError,
@@ -32,6 +39,7 @@ from vllm_unified.errors import (
     ImageNotFoundError,
     ModelNotFoundError,
     NameResolutionError,
+    NoBackendError,
     NoSuchServerError,
     NotFoundError,
     OutputValidationError,
@@ -92,8 +100,18 @@ __all__ = [
     "Attempt",
     "AttemptTimeoutError",
     "AuthenticationError",
+    "BackendError",
     "BadRequestError",
+    "BatchAnswer",
     "BatchError",
+    "BatchFileError",
+    "BatchMetrics",
+    "BatchProgress",
+    "BatchResult",
+    "BatchStoppedError",
+    "BatchStream",
+    "BatchSummary",
+    "BlockingBatchStream",
     "BlockingLoadBalancer",
     "BlockingStream",
     "BreakerConfig",
@@ -125,6 +143,7 @@ __all__ = [
     "Health",
     "HealthCheck",
     "ImageNotFoundError",
+    "JobStoppedError",
     "Latency",
     "LoadBalancer",
     "LoraAdapter",
@@ -134,6 +153,7 @@ __all__ = [
     "ModelNotFoundError",
     "ModelStatistics",
     "NameResolutionError",
+    "NoBackendError",
     "NoSuchServerError",
     "NotFoundError",
     "OutputValidationError",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
+from vllm_unified.batch.source import Prompts
 from vllm_unified.endpoints.endpoint import Endpoint
 from vllm_unified.fleet.directory import Directory, EndpointInput
 from vllm_unified.fleet.fleet import Fleet
@@ -126,9 +127,10 @@ class LoadBalancer(Balanced):
         params = {**params, "endpoint_url": self}
         return self._client.stream_chat(messages, options, response_model=response_model, **params)
 
-    async def batch(self, prompts: Iterable[GenerationInput], **params: Any) -> list[str]:
+    async def batch(self, prompts: Prompts, **params: Any) -> list[str]:
         """The texts that answer many prompts; see :meth:`AsyncVllmUnified.process_batch`."""
-        return await self._client.process_batch(self, prompts, **params)
+        texts: list[str] = await self._client.process_batch(self, prompts, **params)
+        return texts
 
     def add_endpoint(self, endpoint: EndpointInput) -> Endpoint:
         """Take an endpoint in, or make one from an address or a dict."""

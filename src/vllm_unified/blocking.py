@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
+from vllm_unified.arguments import Params
 from vllm_unified.balancer import Balanced, LoadBalancer, Where
-from vllm_unified.bridge import BlockingStream, LoopThread
-from vllm_unified.client import AsyncVllmUnified, Params
+from vllm_unified.batch.source import Prompts
+from vllm_unified.batch.texts import BatchResult, OnError
+from vllm_unified.bridge import BlockingBatchStream, BlockingStream, LoopThread
+from vllm_unified.client import AsyncVllmUnified
 from vllm_unified.endpoints.endpoint import Endpoint
 from vllm_unified.endpoints.health import Health
 from vllm_unified.endpoints.stats import EndpointStats, Statistics
+from vllm_unified.errors import VllmError
 from vllm_unified.events import Handler
+from vllm_unified.feeding import in_callers_thread
 from vllm_unified.fleet.directory import EndpointInput, EndpointStatus, FleetInput
 from vllm_unified.handler import EndpointHandler
 from vllm_unified.models.info import ModelInfo
@@ -41,6 +46,8 @@ from vllm_unified.wire.requests import (
 
 if TYPE_CHECKING:
     from vllm_unified.servers import LocalServer, ServerSpec
+if TYPE_CHECKING:
+    from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary
 if TYPE_CHECKING:
     from vllm_unified.models.lora.placement import Replicas
 
@@ -345,36 +352,6 @@ class VllmUnified:
             self,
         )
 
-    def process_batch(
-        self,
-        endpoint_url: Where,
-        prompts: Iterable[GenerationInput],
-        model: str | None = None,
-        params: Params | None = None,
-        *,
-        on_progress: Callable[[int], None] | None = None,
-        **more: Any,
-    ) -> list[str]:
-        """The texts that answer many prompts, in order, several at a time.
-
-        Args:
-            prompts: Each as ``data`` of :meth:`make_request`.
-            params: For all prompts; a prompt that is a dict may have its own, which win.
-            on_progress: Called with the number of prompts that are done, after each.
-
-        Raises:
-            BatchError: some failed; has the answers of the others.
-        """
-        return self._thread.run(
-            lambda: self._client.process_batch(
-                endpoint_url, prompts, model, params, on_progress=on_progress, **more
-            )
-        )
-
-    def batch(self, prompts: Iterable[GenerationInput], **params: Any) -> list[str]:
-        """The texts that answer many prompts at the default server; see :meth:`process_batch`."""
-        return self._thread.run(lambda: self._client.batch(prompts, **params))
-
     def create_vllm_endpoint_handler(
         self, endpoint_url: Where, model: str | None = None
     ) -> EndpointHandler[GenerationResult]:
@@ -578,6 +555,326 @@ class VllmUnified:
     def off(self, event: str, handler: Handler | None = None) -> None:
         """Call a handler, or any handler of this event, no more."""
         self._thread.call(lambda: self._client.off(event, handler))
+
+    def stream_batch(
+        self,
+        prompts: Prompts,
+        params: Mapping[str, Any] | None = None,
+        *,
+        endpoint_url: Where = None,
+        ordered: bool = False,
+        patience: float | None = None,
+        pack: int | None = None,
+        **more: Any,
+    ) -> BlockingBatchStream:
+        """The answers to many prompts, each as soon as it is there.
+
+        As many are under way as the servers take, of all servers of a fleet. A prompt that fails
+        has its error in its answer, and never ends the others. One that fails for a passing reason
+        is tried again.
+
+        Args:
+            prompts: Each as ``data`` of :meth:`make_request`: text, token ids, a list of messages,
+                or a dict with ``prompt`` or ``messages`` and parameters of its own. Any iterable,
+                also an asynchronous one; it is read no further than is needed. Of a list, those
+                with an urgent ``priority`` go first, unless ``ordered``.
+            params: For all prompts, ``model`` and ``response_model`` among them; those of a prompt
+                win. ``timeout`` is for each prompt, in seconds: 300 where the client has its
+                default.
+            ordered: In the order of the prompts.
+            patience: Seconds in which nothing succeeds after which it is given up; by default 60,
+                and 10 before the first success.
+            pack: How many prompts share a request; those with parameters of their own, and
+                messages, never do. ``None``: as many as is found to pay, and mostly one.
+
+        Raises:
+            BatchStoppedError: while it is read: it was given up.
+            BadRequestError, ConfigurationError: a parameter for all prompts is wrong.
+        """
+        prompts = in_callers_thread(prompts)
+        return BlockingBatchStream(
+            self._thread,
+            self._client.stream_batch(
+                prompts,
+                params,
+                endpoint_url=endpoint_url,
+                ordered=ordered,
+                patience=patience,
+                pack=pack,
+                **more,
+            ),
+            self,
+            prompts,
+        )
+
+    def run_batch(
+        self,
+        input: str | os.PathLike[str],
+        output: str | os.PathLike[str],
+        params: Mapping[str, Any] | None = None,
+        *,
+        prompt: str | None = None,
+        system: str | None = None,
+        messages: str | None = None,
+        chat: bool = False,
+        params_column: str | None = None,
+        model: str | None = None,
+        response_model: Any = None,
+        columns: Sequence[str] | None = None,
+        keep: Sequence[str] | None = None,
+        input_format: str | None = None,
+        output_format: str | None = None,
+        unordered: bool = False,
+        retry_failed: bool = False,
+        overwrite: bool = False,
+        strict: bool = False,
+        ledger: str | os.PathLike[str] | None = None,
+        endpoint_url: Where = None,
+        patience: float | None = None,
+        ray: str | None = None,
+        ray_workers: int = 2,
+        on_progress: Callable[[BatchProgress], object] | None = None,
+        **more: Any,
+    ) -> BatchSummary:
+        """The rows of a file, answered into another one; the same call goes on after whatever
+        ended it.
+
+        Formats are JSON lines, CSV, TSV, Parquet and OpenAI's batch format, by suffix; ``.gz`` and
+        ``.zst`` after it are compressed. ``"-"`` is a standard stream. The output has one row for
+        each of the input, in its order, and appears when it is complete. What is done until then is
+        in the ledger, a file beside it.
+
+        Args:
+            params: For all rows; a row's own win.
+            prompt: A template over the columns, ``"Q: {question}"``. Without it, the column
+                ``messages`` or ``prompt`` is asked.
+            system: A template for a system message; it makes a chat of a prompt, as ``chat`` does.
+            messages: The column that has messages.
+            params_column: The column that has parameters of the row's own.
+            response_model: What each answer has to be, as for :meth:`chat`; in the column
+                ``parsed``.
+            columns: Of the answers: ``text``, ``finish_reason``, ``usage`` and ``error``, or any of
+                :data:`vllm_unified.batch.jobs.columns.COLUMNS`; ``column=name`` renames.
+            keep: Columns of the input that the output has; by default all.
+            unordered: Write rows as they are answered; those without an answer come last.
+            retry_failed: Ask again the rows that have no answer.
+            overwrite: Begin anew, and drop what an earlier job has done.
+            strict: Read all rows first, and send nothing if one of them cannot be asked. By default
+                such a row gets an error, and the others their answers.
+            ledger: Its file; by default ``output`` with ``.ledger``, and none for ``"-"``.
+            patience: Seconds without any success before it ends; by default 60, and 10 before the
+                first success.
+            ray: The address of a Ray cluster whose workers ask the servers, ``"auto"`` or
+                ``"local"``. This package has to be installed on its nodes.
+            ray_workers: How many, each on a CPU of its own. Together they have no more in flight at
+                a server than ``max_concurrent_requests``.
+            on_progress: Called about twice a second.
+
+        Raises:
+            ConfigurationError: it cannot be run so, or the ledger is of another job.
+            BadRequestError: a parameter is wrong; nothing was sent.
+            JobStoppedError: servers or disk failed; what is done is kept.
+        """
+        return self._thread.run(
+            lambda: self._client.run_batch(
+                input,
+                output,
+                params,
+                prompt=prompt,
+                system=system,
+                messages=messages,
+                chat=chat,
+                params_column=params_column,
+                model=model,
+                response_model=response_model,
+                columns=columns,
+                keep=keep,
+                input_format=input_format,
+                output_format=output_format,
+                unordered=unordered,
+                retry_failed=retry_failed,
+                overwrite=overwrite,
+                strict=strict,
+                ledger=ledger,
+                endpoint_url=endpoint_url,
+                patience=patience,
+                ray=ray,
+                ray_workers=ray_workers,
+                on_progress=on_progress,
+                **more,
+            )
+        )
+
+    @overload
+    def process_batch(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: Literal["raise"] = "raise",
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> list[str]: ...
+
+    @overload
+    def process_batch(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: Literal["return"],
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> list[str | VllmError]: ...
+
+    @overload
+    def process_batch(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: OnError,
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> list[str | VllmError]: ...
+
+    def process_batch(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: OnError = "raise",
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> Any:
+        """The texts that answer many prompts, in order; arguments as for :meth:`stream_batch`.
+
+        Args:
+            on_error: ``raise`` after the rest is done, with the texts that there are; or
+                ``return``: a prompt's error stands in the place of its text.
+            on_progress: Called with the number of prompts that are done, after each.
+
+        Raises:
+            BatchError: some failed; has the answers of the others. Or all of it was given up.
+        """
+        prompts = in_callers_thread(prompts)
+        return self._thread.run(
+            lambda: self._client.process_batch(
+                endpoint_url,
+                prompts,
+                model,
+                params,
+                on_error=on_error,
+                on_progress=on_progress,
+                patience=patience,
+                **more,
+            ),
+            prompts,
+        )
+
+    @overload
+    def process_batch_with_metrics(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: Literal["raise"] = "raise",
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> BatchResult[str]: ...
+
+    @overload
+    def process_batch_with_metrics(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: Literal["return"],
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> BatchResult[str | VllmError]: ...
+
+    @overload
+    def process_batch_with_metrics(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: OnError,
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> BatchResult[str | VllmError]: ...
+
+    def process_batch_with_metrics(
+        self,
+        endpoint_url: Where,
+        prompts: Prompts,
+        model: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        on_error: OnError = "raise",
+        on_progress: Callable[[int], object] | None = None,
+        patience: float | None = None,
+        **more: Any,
+    ) -> Any:
+        """The texts of :meth:`process_batch`, and what they took: time, tokens, requests."""
+        prompts = in_callers_thread(prompts)
+        return self._thread.run(
+            lambda: self._client.process_batch_with_metrics(
+                endpoint_url,
+                prompts,
+                model,
+                params,
+                on_error=on_error,
+                on_progress=on_progress,
+                patience=patience,
+                **more,
+            ),
+            prompts,
+        )
+
+    @overload
+    def batch(
+        self, prompts: Prompts, *, on_error: Literal["raise"] = "raise", **params: Any
+    ) -> list[str]: ...
+
+    @overload
+    def batch(
+        self, prompts: Prompts, *, on_error: Literal["return"], **params: Any
+    ) -> list[str | VllmError]: ...
+
+    @overload
+    def batch(
+        self, prompts: Prompts, *, on_error: OnError, **params: Any
+    ) -> list[str | VllmError]: ...
+
+    def batch(self, prompts: Prompts, *, on_error: OnError = "raise", **params: Any) -> Any:
+        """The texts that answer many prompts at the default server; see :meth:`process_batch`."""
+        prompts = in_callers_thread(prompts)
+        return self._thread.run(
+            lambda: self._client.batch(prompts, on_error=on_error, **params), prompts
+        )
 
     def list_models(
         self, endpoint_url: Where = None, *, timeout: float | None = None
@@ -886,9 +1183,10 @@ class BlockingLoadBalancer(Balanced):
             self._owner,
         )
 
-    def batch(self, prompts: Iterable[GenerationInput], **params: Any) -> list[str]:
+    def batch(self, prompts: Prompts, **params: Any) -> list[str]:
         """The texts that answer many prompts; see :meth:`AsyncVllmUnified.process_batch`."""
-        return self._thread.run(lambda: self._balancer.batch(prompts, **params))
+        prompts = in_callers_thread(prompts)
+        return self._thread.run(lambda: self._balancer.batch(prompts, **params), prompts)
 
     def add_endpoint(self, endpoint: EndpointInput) -> Endpoint:
         """Take an endpoint in, or make one from an address or a dict."""

@@ -12,14 +12,19 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
-from vllm_unified.errors import ClientClosedError, StreamEnding
-from vllm_unified.fleet.stream import GenerationStream
-from vllm_unified.results import GenerationResult, StreamChunk, Usage
+from vllm_unified.batch.answer import BatchAnswer
+from vllm_unified.batch.metrics import BatchMetrics
+from vllm_unified.batch.stream import BatchStream
+from vllm_unified.errors import ClientClosedError, StreamEnding, VllmError
+from vllm_unified.feeding import CallersIterable
+from vllm_unified.results import StreamChunk, Usage
 
 T = TypeVar("T")
-R = TypeVar("R", bound=GenerationResult)
+P = TypeVar("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 _STOP_SECONDS = 5.0
 # A signal that comes just before a thread blocks is only noticed when it wakes.
@@ -67,11 +72,14 @@ class LoopThread:
             self._loop.close()
             _running.discard(self)
 
-    def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def run(self, call: Callable[[], Coroutine[Any, Any, T]], items: object = None) -> T:
         """Call on the loop, and wait for the end. An interrupt (Ctrl-C) cancels what was begun.
 
         The coroutine is made on the loop as well: an interrupt can come between any two steps of
         this thread, and would leave one that nobody awaits.
+
+        Args:
+            items: Where the call reads a :class:`CallersIterable`, it is read here meanwhile.
 
         Raises:
             ClientClosedError: the loop is closed, or was closed meanwhile, belongs to the parent of
@@ -80,6 +88,8 @@ class LoopThread:
         outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
         try:
             self._submit(call, outcome)
+            if isinstance(items, CallersIterable):
+                _serve(items, outcome)
             return _wait(outcome)
         except concurrent.futures.CancelledError:
             raise ClientClosedError("this client was closed before the call was done") from None
@@ -87,6 +97,16 @@ class LoopThread:
             if outcome.cancel():
                 self._settle()
             raise
+
+    def submit(self, call: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
+        """Call on the loop; the outcome. Cancelling it cancels the call.
+
+        Raises:
+            ClientClosedError: as :meth:`run`.
+        """
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._submit(call, outcome)
+        return outcome
 
     def call(self, function: Callable[[], T]) -> T:
         """Call a function on the loop, and wait for it.
@@ -179,6 +199,13 @@ def _wait(outcome: concurrent.futures.Future[T]) -> T:
     return outcome.result()
 
 
+def _serve(items: CallersIterable[Any], outcome: concurrent.futures.Future[T]) -> None:
+    """Read items that the loop asks for, until the outcome is there."""
+    outcome.add_done_callback(lambda _: items.wake())
+    while not outcome.done():
+        items.run_errands(_SIGNAL_SECONDS)
+
+
 def _begin(
     call: Callable[[], Coroutine[Any, Any, T]], outcome: concurrent.futures.Future[T]
 ) -> None:
@@ -217,18 +244,97 @@ async def _other_tasks(*, cancel: bool = False) -> None:
         await asyncio.wait(cancelled, timeout=_STOP_SECONDS)
 
 
-class BlockingStream(Generic[R]):
+class _Readable(Protocol[P]):
+    """What is read piece by piece on the loop: a stream, or a batch."""
+
+    async def read_ready(self) -> list[P]:
+        """All pieces that are there, at least one; an empty list at the end."""
+
+    async def close(self) -> None:
+        """End it."""
+
+
+class _BlockingReader(Generic[P]):
+    """Takes the pieces of what runs on the loop over to the caller's thread, many at a time."""
+
+    def __init__(
+        self, thread: LoopThread, source: _Readable[P], owner: object, items: object = None
+    ) -> None:
+        """``owner`` ends the thread when it is collected, so it is held here. ``items`` are what
+        it is made of, if that is read in the caller's thread."""
+        self._thread = thread
+        self._source = source
+        self._owner = owner
+        self._items = items
+        self._ready: deque[P] = deque()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> P:
+        if not self._ready:
+            self._ready.extend(self._read(self._source.read_ready))
+        if not self._ready:
+            raise StopIteration
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        """End it; the servers stop generating. May be called twice."""
+        if not self._thread.closed:  # with the client, all connections were closed
+            self._thread.run(self._source.close)
+        if isinstance(self._items, CallersIterable):
+            self._items.close()
+
+    def _read(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        try:
+            return self._thread.run(call, self._items)
+        except KeyboardInterrupt:
+            # It may have come together with a piece, and have cancelled nothing.
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._source!r}>"
+
+
+class PulledStream(Protocol[R_co]):
+    """What a blocking stream reads from: a :class:`GenerationStream` and its like."""
+
+    @property
+    def ending(self) -> StreamEnding | None: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def usage(self) -> Usage | None: ...
+    @property
+    def result(self) -> R_co: ...
+    async def collect(self) -> R_co: ...
+    async def read_ready(self) -> list[StreamChunk]: ...
+    async def close(self) -> None: ...
+    async def __aenter__(self) -> object: ...
+
+
+class BlockingStream(_BlockingReader[StreamChunk], Generic[R]):
     """A generation as it happens: an iterator of :class:`StreamChunk`, and a context manager.
 
     The blocking form of :class:`GenerationStream`; all that is said there holds here.
     """
 
-    def __init__(self, thread: LoopThread, stream: GenerationStream[R], owner: object) -> None:
+    def __init__(self, thread: LoopThread, stream: PulledStream[R], owner: object) -> None:
         """``owner`` ends the thread when it is collected, so it is held here."""
-        self._thread = thread
+        super().__init__(thread, stream, owner)
         self._stream = stream
-        self._owner = owner
-        self._ready: deque[StreamChunk] = deque()
 
     @property
     def ending(self) -> StreamEnding | None:
@@ -260,40 +366,31 @@ class BlockingStream(Generic[R]):
             if chunk.text and chunk.index == 0:
                 yield chunk.text
 
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> StreamChunk:
-        if not self._ready:
-            self._ready.extend(self._read(self._stream.read_ready))
-        if not self._ready:
-            raise StopIteration
-        return self._ready.popleft()
-
-    def close(self) -> None:
-        """End the stream; the server stops generating. May be called twice."""
-        if not self._thread.closed:  # with the client, all connections were closed
-            self._thread.run(self._stream.close)
-
-    def _read(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        try:
-            return self._thread.run(call)
-        except KeyboardInterrupt:
-            # It may have come together with a chunk, and have cancelled nothing.
-            self.close()
-            raise
-
     def __enter__(self) -> Self:
         self._read(self._stream.__aenter__)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
-    def __repr__(self) -> str:
-        return f"<BlockingStream of {self._stream!r}>"
+class BlockingBatchStream(_BlockingReader[BatchAnswer]):
+    """The answers of a batch, as they come: an iterator of :class:`BatchAnswer`, and a context
+    manager.
+
+    The blocking form of :class:`BatchStream`; all that is said there holds here.
+    """
+
+    def __init__(
+        self, thread: LoopThread, stream: BatchStream, owner: object, prompts: object
+    ) -> None:
+        """``owner`` ends the thread when it is collected, so it is held here."""
+        super().__init__(thread, stream, owner, prompts)
+        self._stream = stream
+
+    @property
+    def metrics(self) -> BatchMetrics:
+        """The figures so far."""
+        return self._stream.metrics
+
+    @property
+    def trouble(self) -> VllmError | None:
+        """Why prompts fail at this moment, while none succeeds; ``None`` while all is well."""
+        return self._stream.trouble

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
+from vllm_unified.arguments import Params, call_arguments
 from vllm_unified.balancer import Balanced, LoadBalancer, Where
-from vllm_unified.batch.runner import run_batch
+from vllm_unified.batching import Batching
 from vllm_unified.configfile import read_config
 from vllm_unified.endpoints.endpoint import Endpoint
 from vllm_unified.endpoints.health import Health
 from vllm_unified.endpoints.stats import EndpointStats, Statistics
-from vllm_unified.errors import BadRequestError
 from vllm_unified.events import Events, Handler
 from vllm_unified.fleet.directory import Directory, EndpointStatus, FleetInput
 from vllm_unified.fleet.fleet import Fleet
@@ -29,7 +29,6 @@ from vllm_unified.results import (
     Tokenization,
 )
 from vllm_unified.settings import (
-    CALL_SETTINGS,
     Settings,
     TLSConfig,
     resolve_settings,
@@ -54,12 +53,11 @@ if TYPE_CHECKING:
     from vllm_unified.servers import LocalServer, ServerSpec
 
 T = TypeVar("T")
-Params = Mapping[str, Any]
 # A CPU answers a full batch at a few tokens per second and request.
 _LOCAL_DEFAULTS = {"VLLM_TIMEOUT": "600000"}
 
 
-class AsyncVllmUnified(Management):
+class AsyncVllmUnified(Batching, Management):
     """A client for vLLM servers.
 
     ::
@@ -238,7 +236,9 @@ class AsyncVllmUnified(Management):
             For ``messages`` a :class:`ChatResult`, which is a :class:`GenerationResult` too.
         """
         fleet = self._route(endpoint_url)
-        settings, fields = _call(fleet, generation_fields(data), model, options, params)
+        settings, fields = call_arguments(
+            fleet.settings, generation_fields(data), model, options, params
+        )
         return await _generate(fleet, generation_request(fields), settings)
 
     async def generate(self, prompt: Prompt, **params: Any) -> GenerationResult:
@@ -311,7 +311,9 @@ class AsyncVllmUnified(Management):
         Nothing is sent before the first iteration or ``async with``.
         """
         fleet = self._route(endpoint_url)
-        settings, fields = _call(fleet, generation_fields(prompt), model, params, more)
+        settings, fields = call_arguments(
+            fleet.settings, generation_fields(prompt), model, params, more
+        )
         return GenerationStream(fleet, generation_request(fields, stream=True), settings)
 
     def stream(self, prompt: Prompt, **params: Any) -> GenerationStream[GenerationResult]:
@@ -362,46 +364,6 @@ class AsyncVllmUnified(Management):
         )
         return GenerationStream(fleet, request, settings)
 
-    async def process_batch(
-        self,
-        endpoint_url: Where,
-        prompts: Iterable[GenerationInput],
-        model: str | None = None,
-        params: Params | None = None,
-        *,
-        on_progress: Callable[[int], None] | None = None,
-        **more: Any,
-    ) -> list[str]:
-        """The texts that answer many prompts, in order, several at a time.
-
-        Args:
-            prompts: Each as ``data`` of :meth:`make_request`.
-            params: For all prompts; a prompt that is a dict may have its own, which win.
-            on_progress: Called with the number of prompts that are done, after each.
-
-        Raises:
-            BatchError: some failed; has the answers of the others.
-        """
-        if isinstance(prompts, str | bytes | Mapping):
-            raise BadRequestError(
-                f"prompts must be several prompts, not one {type(prompts).__name__}",
-                hint="One prompt is what generate() and make_request() are for.",
-            )
-        shared = {"model": model, **(params or {}), **more}
-
-        async def answer(prompt: GenerationInput) -> str:
-            own = {**shared, **generation_fields(prompt)}
-            return (await self.make_request(endpoint_url, own)).text
-
-        fleet = self._route(endpoint_url)
-        return await run_batch(
-            prompts, answer, at_once=lambda: fleet.appetite, on_progress=on_progress
-        )
-
-    async def batch(self, prompts: Iterable[GenerationInput], **params: Any) -> list[str]:
-        """The texts that answer many prompts at the default server; see :meth:`process_batch`."""
-        return await self.process_batch(None, prompts, **params)
-
     def create_vllm_endpoint_handler(
         self, endpoint_url: Where, model: str | None = None
     ) -> EndpointHandler[Awaitable[GenerationResult]]:
@@ -428,7 +390,7 @@ class AsyncVllmUnified(Management):
             params: As ``/tokenize`` takes them: ``add_special_tokens``, ``return_token_strs``, ...
         """
         fleet = self._route(endpoint_url)
-        settings, fields = _call(fleet, {}, model, None, params)
+        settings, fields = call_arguments(fleet.settings, {}, model, None, params)
         return await fleet.send(
             tokenize_request(data, fields.pop("model", None), fields),
             settings,
@@ -461,7 +423,7 @@ class AsyncVllmUnified(Management):
     ) -> EmbeddingResult:
         """One vector for each input, from a server whose model makes embeddings."""
         fleet = self._route(endpoint_url)
-        settings, fields = _call(fleet, {}, model, None, params)
+        settings, fields = call_arguments(fleet.settings, {}, model, None, params)
         request = embedding_request(data, fields.pop("model", None), fields)
         return await fleet.send(
             request,
@@ -641,43 +603,11 @@ class AsyncVllmUnified(Management):
     ) -> tuple[Fleet, Settings, WireRequest]:
         where = params.get("endpoint_url") or (options or {}).get("endpoint_url")
         fleet = self._route(where)
-        settings, fields = _call(fleet, {}, None, options, params)
+        settings, fields = call_arguments(fleet.settings, {}, None, options, params)
         fields.pop("endpoint_url", None)
         structure = None if response_model is None else output_structure(response_model)
         request = chat_request(messages, fields, stream=stream, structure=structure)
         return fleet, settings, request
-
-
-def _call(
-    fleet: Fleet, data: dict[str, Any], model: str | None, options: Params | None, params: Params
-) -> tuple[Settings, dict[str, Any]]:
-    """The settings of one call, and the fields that go to the server."""
-    if options is not None and not isinstance(options, Mapping):
-        raise BadRequestError(f"options must be a mapping, not {type(options).__name__}")
-    fields = {**data, **(options or {}), **params}
-    model = _chosen(model, fields)
-    overrides = {name: fields.pop(name) for name in CALL_SETTINGS & fields.keys()}
-    settings = fleet.settings.for_call(overrides)
-    chosen = model or settings.model
-    if chosen is not None:
-        fields["model"] = chosen
-    if settings.priority:
-        fields.setdefault("priority", settings.priority)
-    return settings, fields
-
-
-def _chosen(model: str | None, fields: dict[str, Any]) -> str | None:
-    """The model, or the LoRA adapter, that the call itself names; it is taken out of the fields."""
-    model = model or fields.pop("model", None)
-    spelled = [name for name in ("lora_adapter", "loraAdapter") if name in fields]
-    for adapter in [fields.pop(name) for name in spelled]:
-        if adapter is not None and model not in (None, adapter):
-            raise BadRequestError(
-                f"both model={model!r} and lora_adapter={adapter!r} are given",
-                hint="A LoRA adapter is asked for in place of its base model: keep one of them.",
-            )
-        model = adapter or model
-    return model
 
 
 async def _generate(fleet: Fleet, request: WireRequest, settings: Settings) -> GenerationResult:

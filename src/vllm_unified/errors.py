@@ -35,8 +35,11 @@
      ├── QueueFullError                         more callers are waiting than the queue may hold
      ├── CircuitOpenError                       every server is shut out after failures
      ├── ClientClosedError (RuntimeError)       the client, or the stream, was closed
+     ├── BatchFileError                         a file of a batch cannot be written
      ├── EngineError                            a vLLM engine cannot be found, installed or removed
      ├── ServerStartError                       a server of ours did not become ready
+     ├── NoBackendError (LookupError)           no backend of a hardware layer can take a request
+     ├── BackendError                           a backend that is not of this library failed
      └── ContainerError                         a container engine refuses, or fails
           ├── ContainerEngineError              it cannot be reached, or used
           ├── ImageNotFoundError (LookupError)  it does not have the image, nor find it
@@ -65,6 +68,8 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Why it failed, as ``"ClassName: message"``; ``None`` for the one that succeeded."""
     status_code: int | None = None
     """HTTP status, where there was an answer."""
+    backend: str | None = None
+    """Name of the backend, where a hardware layer made the call."""
 
 
 class PartialOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -365,6 +370,12 @@ class ClientClosedError(VllmError, RuntimeError):
     """The client, or this stream of it, was closed; make a new one."""
 
 
+class BatchFileError(VllmError):
+    """A file of a batch, its output or its ledger, cannot be written: the disk is full, say.
+
+    What is in the ledger stays there."""
+
+
 class EngineError(VllmError):
     """A vLLM engine cannot be found, installed or removed on this machine."""
 
@@ -376,6 +387,17 @@ class ServerStartError(VllmError):
         super().__init__(message, hint=hint)
         self.log = log
         """The end of the server's log."""
+
+
+class NoBackendError(VllmError, LookupError):
+    """No backend of a hardware layer can take this request; the hint says why, of each."""
+
+
+class BackendError(VllmError):
+    """A backend that is not of this library raised something; that is ``__cause__``.
+
+    Transient, unless its class says that the request or the program is wrong (``ValueError``,
+    ``TypeError``, ``LookupError`` and their like)."""
 
 
 class ContainerError(VllmError):

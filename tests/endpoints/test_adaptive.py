@@ -347,6 +347,29 @@ def test_callers_that_leave_room_move_nothing(callers: int) -> None:
     assert {answer.capacity for answer in log} == {64}
 
 
+def test_much_work_begins_with_much() -> None:
+    limit = AdaptiveLimit(100)
+
+    limit.widen(80)
+    assert limit.capacity == 80
+    limit.widen(1000)
+    assert limit.capacity == 100
+    limit.widen(70)
+    assert limit.capacity == 100
+
+
+def test_but_not_where_the_server_is_known() -> None:
+    refused, restarted, measured = (AdaptiveLimit(CEILING) for _ in range(3))
+    refuse(refused, 1, in_flight=64)
+    restarted.restart()
+    Client(Server(256), measured).closed_loop(70, callers=64)
+
+    for limit in (refused, restarted, measured):
+        before = limit.capacity
+        limit.widen(CEILING)
+        assert limit.capacity == before
+
+
 def test_an_idle_client_ends_its_probe() -> None:
     limit = AdaptiveLimit(CEILING)
     client = Client(Server(256), limit)

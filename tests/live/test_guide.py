@@ -103,6 +103,42 @@ async def test_batch_processing(vllm: AsyncVllmUnified, url: str, model: str) ->
     assert all(isinstance(text, str) for text in plain)
 
 
+async def test_batch_with_metrics_and_errors(vllm: AsyncVllmUnified, url: str, model: str) -> None:
+    prompts: list[Any] = [
+        "Paris is the capital of",
+        {"prompt": "Rome is", "max_tokens": 2},
+        {"prompt": "nobody", "model": "non-existent-model"},
+        "long " * 3000,
+    ]
+    params = {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
+    done = await vllm.process_batch_with_metrics(url, prompts, model, params, on_error="return")
+    assert [type(text).__name__ for text in done.texts] == [
+        "str",
+        "str",
+        "ModelNotFoundError",
+        "ContextLengthError",
+    ]
+    assert (done.metrics.succeeded, done.metrics.failed) == (2, 2)
+    assert done.metrics.completion_tokens == 6
+
+
+async def test_batch_packed(vllm: AsyncVllmUnified, url: str, model: str) -> None:
+    prompts = [f"{number} and {number} is" for number in range(12)]
+    params = {"model": model, "temperature": 0, "max_tokens": 3, "ignore_eos": True}
+    prompts[5] = "long " * 3000
+    async with vllm.stream_batch(
+        prompts, params, endpoint_url=url, ordered=True, pack=4
+    ) as answers:
+        found = [answer async for answer in answers]
+        metrics = answers.metrics
+    assert [answer.index for answer in found if answer.error is not None] == [5]
+    assert metrics.packed >= 8
+    for answer in found:
+        if answer.result is not None:
+            assert answer.result.usage.completion_tokens == 3
+            assert answer.result.usage.prompt_tokens > 0
+
+
 async def test_custom_endpoint_handlers(vllm: AsyncVllmUnified, url: str, model: str) -> None:
     handler = vllm.create_vllm_endpoint_handler(url, model)
     result = await handler({"prompt": "Hello, world!"})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from email.utils import parsedate_to_datetime
@@ -304,6 +306,23 @@ async def test_a_killed_server_resets_and_refuses(server: Simulator) -> None:
     with pytest.raises(ConnectionRefusedError):
         await ask(server, WHOLE)
     assert not server.running
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_connection_that_comes_with_the_end_is_not_left_open(turns: int) -> None:
+    """After so many turns of the loop it waits, is accepted, or is about to be served."""
+    loop = asyncio.get_running_loop()
+    async with Simulator() as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.create_connection(address)) for _ in range(20)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            server.kill()
+            for each in sockets:
+                each.setblocking(False)
+                with contextlib.suppress(ConnectionResetError):
+                    assert await asyncio.wait_for(loop.sock_recv(each, 1), 10) == b""
 
 
 async def test_a_restarted_server_has_the_same_address_and_forgot_everything() -> None:

@@ -11,6 +11,9 @@ import pydantic
 
 from vllm_unified import (
     AsyncVllmUnified,
+    BatchAnswer,
+    BatchMetrics,
+    BatchResult,
     BlockingStream,
     ChatResult,
     EmbeddingResult,
@@ -75,6 +78,14 @@ async def asynchronous(vllm: AsyncVllmUnified) -> None:
         assert_type(text, str)
 
     assert_type(await vllm.batch(["a", [1, 2], {"prompt": "a"}]), list[str])
+    assert_type(await vllm.batch(["a"], on_error="return"), list[str | VllmError])
+    assert_type(await vllm.process_batch(None, iter("ab"), on_error="raise"), list[str])
+    done = await vllm.process_batch_with_metrics(None, ["a"], on_error="return")
+    assert_type(done, BatchResult[str | VllmError])
+    async with vllm.stream_batch(["a"]) as answers:
+        async for answer in answers:
+            assert_type(answer, BatchAnswer)
+    assert_type(answers.metrics, BatchMetrics)
     handler = vllm.create_vllm_endpoint_handler("http://a", "m")
     assert_type(handler, EndpointHandler[Awaitable[GenerationResult]])
     assert_type(await handler("a", max_tokens=5), GenerationResult)
@@ -105,6 +116,9 @@ def blocking(vllm: VllmUnified) -> None:
     assert_type(vllm.stream_chat("a", response_model=Model).collect().parsed, Model)
 
     assert_type(vllm.batch(["a"], on_progress=print), list[str])
+    assert_type(vllm.process_batch_with_metrics(None, ["a"]).texts, list[str])
+    with vllm.stream_batch(["a"]) as answers:
+        assert_type(next(answers), BatchAnswer)
     handler = vllm.create_vllm_endpoint_handler_with_params("http://a", "m", {"seed": 1})
     assert_type(handler, EndpointHandler[GenerationResult])
     assert_type(handler("a"), GenerationResult)

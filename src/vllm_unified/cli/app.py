@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from vllm_unified.batch.errors import BatchStoppedError
+from vllm_unified.batch.jobs.summary import JobStoppedError
 from vllm_unified.cli import (
+    batch,
     chat,
     demo,
     doctor,
@@ -17,6 +20,7 @@ from vllm_unified.cli import (
     logs,
     lora,
     models,
+    plan,
     ps,
     quantize,
     restart,
@@ -28,6 +32,7 @@ from vllm_unified.cli import (
 from vllm_unified.cli.terminal import complain
 from vllm_unified.errors import (
     BadRequestError,
+    CircuitOpenError,
     ConfigurationError,
     ConnectError,
     NoSuchServerError,
@@ -52,11 +57,13 @@ app.command()(restart.restart)
 app.command()(stop.stop)
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(batch.batch)
 app.command()(models.models)
 app.command()(endpoints.endpoints)
 app.command()(stats.stats)
 app.command()(quantize.quantize)
 app.command()(doctor.doctor)
+app.command()(plan.plan)
 app.command()(simulate.simulate)
 app.add_typer(engine.app, name="engine")
 app.add_typer(lora.app, name="lora")
@@ -87,8 +94,15 @@ def run() -> None:
         sys.exit(exit_code(error))
 
 
+_OUTER = (JobStoppedError, BatchStoppedError, CircuitOpenError)
+"""Errors that say less than their cause."""
+
+
 def exit_code(error: VllmError) -> int:
     """What the command ends with for this error."""
+    cause = error.__cause__
+    if isinstance(error, _OUTER) and isinstance(cause, VllmError):
+        return exit_code(cause)
     if isinstance(error, ConfigurationError | BadRequestError) and error.status_code is None:
         return 2
     return 3 if isinstance(error, ConnectError | NoSuchServerError) else 1

@@ -26,6 +26,11 @@ _GIB = 2**30
 # Measured: the CPU engine takes 3.5 GB on disk, and serves the bundled model in 3.6 GB.
 _DISK_NEEDED = 8 * _GIB
 _MEMORY_NEEDED = 4 * _GIB
+_TOLD_FLAGS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimddp", "bf16", "sve2"}
+_FOREIGN_GPU = (
+    "vllm-unified installs vLLM for CPUs and NVIDIA GPUs only. For a vLLM of your own for this "
+    "one, set VLLM_UNIFIED_ENGINE_PYTHON."
+)
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +41,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """A problem keeps something from working; a note is worth knowing."""
     text: str
     advice: str | None = None
+    details: Hardware | None = None
+    """With the system: all that is known of the machine."""
 
 
 def doctor(url: Url = None, json: AsJson = False) -> None:
@@ -56,7 +63,10 @@ def examine(url: str | None) -> Iterator[Finding]:
     """Everything that is looked at, in order."""
     hardware = detect()
     yield Finding(
-        name="system", state="ok", text=f"{platform.platform()}, Python {platform.python_version()}"
+        name="system",
+        state="ok",
+        text=f"{platform.platform()}, Python {platform.python_version()}",
+        details=hardware,
     )
     yield from _hardware(hardware)
     if platform.system() == "Linux":
@@ -72,32 +82,42 @@ def examine(url: str | None) -> Iterator[Finding]:
 
 
 def _hardware(hardware: Hardware) -> Iterator[Finding]:
-    flags = ", ".join(sorted(hardware.cpu_flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}))
+    flags = ", ".join(sorted(hardware.cpu_flags & _TOLD_FLAGS))
+    nodes = len(hardware.numa_nodes)
     yield Finding(
         name="processor",
         state="ok",
-        text=f"{hardware.cpus} usable, {hardware.cpu_model}" + (f" ({flags})" if flags else ""),
+        text=f"{hardware.cpus} usable, {hardware.cpu_model}"
+        + (f" ({flags})" if flags else "")
+        + (f", {nodes} NUMA nodes" if nodes > 1 else ""),
     )
     gib = f"{hardware.memory_available / _GIB:.1f} of {hardware.memory_total / _GIB:.1f} GiB free"
     tight = 0 < hardware.memory_available < _MEMORY_NEEDED
     yield Finding(
         name="memory",
         state="note" if tight else "ok",
-        text=gib,
+        text=gib + ("" if hardware.memory_limit is None else ", the limit of this container"),
         advice="A local server with the bundled model takes 3.6 GB." if tight else None,
     )
     if not hardware.gpus:
-        yield Finding(name="gpu", state="ok", text="no NVIDIA GPU: local servers use the CPU")
+        yield Finding(name="gpu", state="ok", text="none: local servers use the CPU")
     for gpu in hardware.gpus:
         free = f"{gpu.memory_free / _GIB:.1f} of {gpu.memory_total / _GIB:.1f} GiB free"
-        yield Finding(name="gpu", state="ok", text=f"{gpu.name}, {free}, driver {gpu.driver}")
+        busy = "" if gpu.utilization is None else f", {gpu.utilization:.0%} busy"
+        foreign = gpu.vendor != "nvidia"
+        yield Finding(
+            name="gpu",
+            state="note" if foreign else "ok",
+            text=f"{gpu.name}, {free}{busy}, driver {gpu.driver or 'not known'}",
+            advice=_FOREIGN_GPU if foreign else None,
+        )
 
 
 def _installation(hardware: Hardware) -> Iterator[Finding]:
     engine = find_engine()
     if engine is not None:
         text = f"vLLM {engine.version} for {engine.kind}, {engine.path}"
-        slow = hardware.gpus and engine.kind == "cpu"
+        slow = bool(hardware.nvidia_gpus) and engine.kind == "cpu"
         yield Finding(
             name="engine",
             state="note" if slow else "ok",

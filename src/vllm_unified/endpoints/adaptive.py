@@ -57,6 +57,7 @@ class AdaptiveLimit:
         "_answers",
         "_climb",
         "_due",
+        "_fresh",
         "_goal",
         "_left",
         "_measuring",
@@ -72,6 +73,8 @@ class AdaptiveLimit:
     )
     capacity: int
     """How many requests may be in flight now; from 1 to the ceiling."""
+    _fresh: bool
+    """Whether nothing is known of the server: nothing was measured, refused or lost."""
     _goal: int
     """What is grown back to after an outage; 0 at other times."""
     _refused: bool
@@ -106,6 +109,7 @@ class AdaptiveLimit:
             raise ValueError(f"a capacity is at least 1: ceiling={ceiling}, initial={initial}")
         self._climb = _Climb(min(initial, ceiling), ceiling)
         self.capacity = self._climb.base
+        self._fresh = True
         self._goal = 0
         self._refused = False
         self._spread = 1.0
@@ -139,6 +143,7 @@ class AdaptiveLimit:
             in_flight: Requests in flight, this one included.
         """
         taken = in_flight - 1
+        self._fresh = False
         if self._climb.probing:
             self._climb.give_up_probe()
             self._move(self._climb.base, in_flight)
@@ -163,12 +168,20 @@ class AdaptiveLimit:
         share = max((1 + QUEUE_SHARE) * running / (running + waiting), 0.5)
         self._decrease(math.ceil(share * self.capacity), self.capacity)
 
+    def widen(self, capacity: int) -> None:
+        """There is work for this many requests, and nobody waits for a single one of them: begin
+        there, as long as nothing is known of the server. Where less is as good, it comes down."""
+        if self._fresh and capacity > self.capacity:
+            self._climb.restart(min(capacity, self._climb.ceiling))
+            self._move(self._climb.base, 0)
+
     def restart(self) -> None:
         """The server is back after an outage: slow start.
 
         Doubles with every round that uses the capacity up, to half of the last good capacity;
         grows by steps to all of it, and climbs on from there.
         """
+        self._fresh = False
         self._goal = self._goal or self._climb.base
         self._refused = False
         self._climb.restart(self._goal)
@@ -182,6 +195,7 @@ class AdaptiveLimit:
     def _end_window(self, in_flight: int, now: float) -> None:
         if self._is_short():
             return
+        self._fresh = False
         if self._goal:
             self._grow_back(in_flight)
         elif not self._measuring:
@@ -228,6 +242,7 @@ class AdaptiveLimit:
         self._move(min(grown, goal), in_flight)
 
     def _decrease(self, capacity: int, in_flight: int) -> None:
+        self._fresh = False
         self._goal = 0
         self._climb.restart(max(capacity, 1), step=STEP_AFTER_REFUSAL)
         self._move(self._climb.base, in_flight)

@@ -110,11 +110,27 @@ class Fleet:
         return len(self._line)
 
     @property
+    def capacity(self) -> int:
+        """How many calls it lets through at a time."""
+        endpoints = self._router.endpoints
+        if len(endpoints) == 1:
+            return endpoints[0].limit.capacity
+        return sum([each.limit.capacity for each in endpoints])
+
+    @property
     def appetite(self) -> int:
         """How many calls keep it busy: as many as it lets through, and a few in line, so that no
         slot is free for long. More would only wait, and their time with them."""
-        capacity = sum(each.capacity for each in self._router.endpoints)
+        capacity = self.capacity
         return capacity + max(1, capacity // 8)
+
+    def widen(self, calls: int | None) -> None:
+        """So many calls come, and nobody waits for a single one; ``None``: any number. Servers of
+        which nothing is known yet get their share of them at once."""
+        endpoints = self._router.endpoints
+        for each in endpoints:
+            ceiling = each.settings.max_concurrent_requests
+            each.limit.widen(ceiling if calls is None else -(-calls // len(endpoints)))
 
     def add(self, endpoint: Endpoint) -> None:
         """Take a member in; who waits may go there at once.

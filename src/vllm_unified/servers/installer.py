@@ -224,7 +224,7 @@ class _Install:
 
 
 def _kind_here() -> EngineKind:
-    return "cuda" if detect().gpus else "cpu"
+    return "cuda" if detect().nvidia_gpus else "cpu"
 
 
 def _base_python() -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from functools import cache
 from typing import Protocol, cast
 
 import msgspec
@@ -56,6 +57,33 @@ _DELTA = (
     b'{"id":"cmpl-fixed","object":"text_completion","created":0,"model":"sim","choices":[{"index":0,'
     b'"text":" tick","delta":{"content":" tick"},"logprobs":null,"finish_reason":%b}]}'
 )
+_CHOICE = (
+    b'{"index":%d,"text":" Hello","logprobs":null,"finish_reason":"stop","stop_reason":null,'
+    b'"token_ids":[1],"prompt_token_ids":[1]}'
+)
+_SEVERAL = (
+    b'{"id":"cmpl-fixed","object":"text_completion","created":0,"model":"sim","choices":[%b],'
+    b'"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d}}'
+)
+_LIST = (b'"prompt":["', b'"prompt":[[')
+
+
+class _Prompts(msgspec.Struct):
+    prompt: list[msgspec.Raw]
+
+
+_PROMPTS = msgspec.json.Decoder(_Prompts)
+
+
+@cache
+def several(prompts: int) -> bytes:
+    """The whole answer to so many prompts, with the token ids of each."""
+    choices = b",".join(_CHOICE % index for index in range(prompts))
+    body = _SEVERAL % (choices, prompts, 2 * prompts, prompts)
+    head = b"content-length: %d\r\ncontent-type: application/json\r\n\r\n" % len(body)
+    return _HEAD + head + body
+
+
 CHUNKS = 100
 """Chunks of text in the stream."""
 WHOLE = whole_answer(" Hello")
@@ -123,6 +151,8 @@ class FixedConnection(asyncio.Protocol):
             self._buffer = data
         elif data.find(b'"stream":true', end) > 0 or data.find(b'"stream": true', end) > 0:
             self._stream(0)
+        elif data.find(_LIST[0], end) > 0 or data.find(_LIST[1], end) > 0:
+            self._send(several(len(_PROMPTS.decode(data[end + 4 :]).prompt)))
         else:
             self._send(self._whole)
 

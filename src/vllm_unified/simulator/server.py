@@ -191,9 +191,9 @@ class Simulator:
 
     def refuse(self) -> None:
         """Refuse new connections and leave the open ones alone, until :meth:`start`."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        server, self._server = self._server, None
+        if server is not None:
+            _close(server)
 
     async def restart(self, downtime: float = 0.0) -> None:
         """Die and come back at the same address, with an empty cache and no adapters.
@@ -253,6 +253,8 @@ class Simulator:
     def connected(self, connection: Connection | FixedConnection) -> None:
         """Told by a connection that it exists."""
         self._connections.add(connection)
+        if self._server is None:
+            connection.reset()  # it was accepted just before the end
 
     def disconnected(self, connection: Connection | FixedConnection) -> None:
         """Told by a connection that it is gone."""
@@ -399,6 +401,22 @@ class Simulator:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _close(server: asyncio.Server) -> None:
+    """Accept nothing more.
+
+    asyncio leaves a connection open for ever, and unknown, that it accepted in the moment in which
+    its server is closed; so that moment has to be over.
+    """
+    loop = asyncio.get_running_loop()
+    if not isinstance(loop, asyncio.BaseEventLoop):
+        server.close()  # uvloop has no such moment
+        return
+    for listener in server.sockets:
+        loop.remove_reader(listener.fileno())
+        listener.shutdown(socket.SHUT_RDWR)
+    loop.call_soon(server.close)
 
 
 def _bound(host: str, port: int) -> socket.socket:

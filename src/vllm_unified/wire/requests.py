@@ -66,6 +66,80 @@ class WireRequest(msgspec.Struct, frozen=True, kw_only=True):
         return self.path == CHAT
 
 
+class RequestTemplate:
+    """Requests that are all alike but for their prompt, or their messages.
+
+    Parameters are checked and encoded once, which is most of what a request costs.
+    """
+
+    __slots__ = ("_asked_for", "_beginning", "_like", "_start")
+
+    def __init__(self, like: WireRequest, beginning: bytes) -> None:
+        self._like = like
+        self._beginning = beginning
+        self._start = len(beginning)
+        self._asked_for = like.tokens - len(like.body or b"") // 4
+
+    @classmethod
+    def of(
+        cls, fields: Mapping[str, Any], *, structure: OutputStructure | None = None
+    ) -> RequestTemplate | None:
+        """A template of a request with one prompt, or messages, in these fields; ``None`` where
+        requests cannot be made by it.
+
+        Raises:
+            BadRequestError: a parameter cannot be sent.
+        """
+        name = "messages" if "messages" in fields else "prompt"
+        like = generation_request(fields, structure=structure)
+        ending = encode({name: fields[name]})[1:]
+        if like.body is None or not like.body.endswith(ending):
+            return None  # extra_body comes last, and may replace anything
+        return cls(like, like.body[: -len(ending)] + b'"' + name.encode() + b'":')
+
+    def request(self, value: Any) -> WireRequest:
+        """The request with this prompt (text or token ids), or these messages.
+
+        Raises:
+            BadRequestError: it cannot be sent.
+        """
+        like = self._like
+        if like.is_chat:
+            _check_messages(value)
+        elif not isinstance(value, str) and not _are_token_ids(value):
+            raise _no_prompt(value)
+        body = self._beginning + encode_value(value) + b"}"
+        return WireRequest(
+            method="POST",
+            path=like.path,
+            body=body,
+            model=like.model,
+            choices=like.choices,
+            structure=like.structure,
+            request_id=like.request_id,
+            priority=like.priority,
+            session=like.session,
+            tokens=len(body) // 4 + self._asked_for,
+        )
+
+    def joined(self, requests: Sequence[WireRequest]) -> WireRequest:
+        """One request for the prompts of these, which this template has made: all text, or all
+        token ids. Its answer has the token ids of each."""
+        like = self._like
+        prompts = b",".join([(request.body or b"")[self._start : -1] for request in requests])
+        body = b'{"return_token_ids":true,' + self._beginning[1:] + b"[" + prompts + b"]}"
+        return WireRequest(
+            method="POST",
+            path=like.path,
+            body=body,
+            model=like.model,
+            choices=like.choices * len(requests),
+            priority=like.priority,
+            session=like.session,
+            tokens=len(body) // 4 + self._asked_for * len(requests),
+        )
+
+
 def generation_fields(data: GenerationInput) -> dict[str, Any]:
     """The fields of a request that ``data`` stands for: its own, ``messages`` or ``prompt``."""
     if isinstance(data, Mapping):
@@ -75,8 +149,13 @@ def generation_fields(data: GenerationInput) -> dict[str, Any]:
     return {"prompt": data}
 
 
-def generation_request(fields: Mapping[str, Any], *, stream: bool = False) -> WireRequest:
+def generation_request(
+    fields: Mapping[str, Any], *, stream: bool = False, structure: OutputStructure | None = None
+) -> WireRequest:
     """A chat if the fields have ``messages``, a completion otherwise.
+
+    Args:
+        structure: What the answer has to be; for chats only.
 
     Raises:
         BadRequestError: the prompt or a parameter cannot be sent.
@@ -90,7 +169,12 @@ def generation_request(fields: Mapping[str, Any], *, stream: bool = False) -> Wi
             else "the request has neither a prompt nor messages"
         )
     if "messages" in rest:
-        return chat_request(rest.pop("messages"), rest, stream=stream)
+        return chat_request(rest.pop("messages"), rest, stream=stream, structure=structure)
+    if structure is not None:
+        raise BadRequestError(
+            "response_model is for messages, and this is a prompt",
+            hint='Give [{"role": "user", "content": ...}], or structured_outputs={...}.',
+        )
     return _completion(rest.pop("prompt", None), rest, stream=stream)
 
 
@@ -114,7 +198,11 @@ def _count_prompts(prompt: Any) -> int:
             return len(prompt)
         if all(isinstance(item, Sequence) and item and _are_token_ids(item) for item in prompt):
             return len(prompt)
-    raise BadRequestError(
+    raise _no_prompt(prompt)
+
+
+def _no_prompt(prompt: object) -> BadRequestError:
+    return BadRequestError(
         f"the prompt cannot be sent: {_shown(prompt)}",
         hint="A prompt is a string, a list of token ids, a list of strings or a list of "
         "token id lists, and not empty.",
@@ -293,13 +381,18 @@ def encode(body: Mapping[str, Any]) -> bytes:
         BadRequestError: a value has no place in JSON, is NaN or infinite, or holds half of a
             surrogate pair.
     """
+    return encode_value(body, check=body)
+
+
+def encode_value(value: Any, *, check: Mapping[str, Any] = _NOTHING) -> bytes:
+    """As :func:`encode`, for any value; the numbers in ``check`` have to be finite."""
     try:
-        encoded = _ENCODER.encode(body)
+        encoded = _ENCODER.encode(value)
         # msgspec sends null for NaN and infinity.
         if b"null" in encoded:
-            for name, value in body.items():
+            for name, field in check.items():
                 if name not in _LONG_LISTS:
-                    _check_finite(name, value)
+                    _check_finite(name, field)
         return encoded
     except BadRequestError:
         raise

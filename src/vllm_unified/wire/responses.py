@@ -24,7 +24,7 @@ from vllm_unified.results import (
     Usage,
 )
 from vllm_unified.wire.failures import error_in_body
-from vllm_unified.wire.requests import WireRequest
+from vllm_unified.wire.requests import EMBEDDINGS, WireRequest
 
 T = TypeVar("T")
 R = TypeVar("R", bound=GenerationResult)
@@ -173,6 +173,13 @@ def _decode(kind: type[R], body: bytes, metadata: ResultMetadata) -> R:
         metadata=metadata,
         body=body,
     )
+
+
+def answer_decoder(request: WireRequest) -> Callable[[bytes, ResultMetadata], Any]:
+    """What decodes the answer to this request, for embeddings as well."""
+    if request.path == EMBEDDINGS:
+        return lambda body, metadata: decode_embeddings(body, metadata, inputs=request.choices)
+    return generation_decoder(request)
 
 
 def generation_decoder(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 
@@ -40,7 +39,7 @@ def gather_facts(
     gpu_free, gpu_needed = _gpu(machine, spec)
     return Facts(
         platform=engine.kind,
-        cores=_cores(machine),
+        cores=machine.cores or machine.cpus,
         amx=any(flag.startswith("amx") for flag in machine.cpu_flags),
         lora=spec.enable_lora,
         port=spec.port,
@@ -60,14 +59,6 @@ def gather_facts(
         gpu_needed=gpu_needed,
         disk_free=shutil.disk_usage(checkpoints_dir()).free,
     )
-
-
-def _cores(machine: Hardware) -> int:
-    try:
-        physical = importlib.import_module("psutil").cpu_count(logical=False)
-    except ImportError:
-        physical = None
-    return min(machine.cpus, physical or machine.cpus)
 
 
 def _may_be_there(checkpoint: str) -> bool:
@@ -94,7 +85,7 @@ def _new_bytes(new: Successor, config: QuantizationConfig, source_bytes: int) ->
 def _gpu(machine: Hardware, spec: ServerSpec) -> tuple[int, int]:
     """Free bytes of the fullest GPU, and what vLLM would take there: a share, whatever it runs."""
     share = spec.gpu_memory_utilization or _GPU_SHARE
-    fullest = min(machine.gpus, key=lambda gpu: gpu.memory_free, default=None)
+    fullest = min(machine.nvidia_gpus, key=lambda gpu: gpu.memory_free, default=None)
     if fullest is None:
         return 0, 0
     return fullest.memory_free, int(share * fullest.memory_total)
