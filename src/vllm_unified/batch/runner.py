@@ -38,6 +38,8 @@ ORDERED_WINDOW = 1024
 """Prompts that may be begun beyond the one whose answer is next; or eight times as many as are
 under way. One slow answer holds back all that come after it."""
 _PROBE_SECONDS = 10.0
+_LOOK_AGAIN = 0.005
+"""Seconds. A timer may ring a moment before what it is for is due."""
 _LONG_TROUBLE = 1.0
 """Seconds after which the end of trouble is the end of an outage."""
 
@@ -384,8 +386,13 @@ class BatchRun:
             self._end()
         else:
             self._hire()
-            if self._alarm is None and self._again and self._again[0][0] > time.monotonic():
-                self._set_alarm()
+            if self._alarm is None and self._again and not self._is_taken_up:
+                self._set_alarm(at_least=_LOOK_AGAIN)
+
+    @property
+    def _is_taken_up(self) -> bool:
+        """Whether a worker will come by what is to be tried again."""
+        return bool(self._workers) and self._is_due(time.monotonic())
 
     @property
     def _source_is_over(self) -> bool:
@@ -399,14 +406,14 @@ class BatchRun:
         heapq.heappush(self._again, (at, next(self._tickets), pack))
         self._set_alarm()
 
-    def _set_alarm(self) -> None:
-        """Come back when the next of them is due. Of those that are due already, workers take one
-        when they have ended another."""
+    def _set_alarm(self, *, at_least: float = 0.0) -> None:
+        """Come back when the next of them is due, in so many seconds at least. Of those that are
+        due already, workers take one when they have ended another."""
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
         if self._again and not self._ended:
-            delay = max(self._again[0][0] - time.monotonic(), 0.0)
+            delay = max(self._again[0][0] - time.monotonic(), at_least)
             self._alarm = asyncio.get_running_loop().call_later(delay, self._ring)
 
     def _ring(self) -> None:
