@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Real processes, sockets and clocks on a machine that others use too: what fails is run again, in
 # sight, so that one late packet in four thousand tests is not a verdict. What is broken fails thrice.
-PATIENT := --reruns 2 --reruns-delay 2
+PATIENT := --reruns 2 --reruns-delay 2 -raR
 
 .PHONY: demo test quick processes resilience ray lint live wheel bench clean help
 
@@ -56,13 +56,13 @@ wheel: $(VENV)/.dev  ## Build wheel and sdist; install the wheel elsewhere, and 
 	@build/wheel/bin/python -m pip install -qq --disable-pip-version-check "$$(ls dist/*.whl)[cli]"
 	cd build && wheel/bin/vllm-unified --version
 
-bench: $(VENV)/.dev  ## Measure: the import, the pipeline, and the simulator (that needs wrk)
+bench: $(VENV)/.dev  ## Measure: beside other clients, the import, the pipeline
+	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/pipeline.py
-	benchmarks/simulator.sh
 
 clean:  ## Remove what was made here; engines and models stay in the user's cache
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) benchmarks/.envs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -120,10 +120,10 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="one round with short windows")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--lock", type=Path, help="to be held while a client is measured")
+    parser.add_argument("--lock", type=Path, help="to be held while a round is measured")
     parser.add_argument("--output", type=Path, default=ROOT / "docs")
     chosen = parser.parse_args()
-    rounds, window, patience = (1, 0.2, 1.0) if chosen.short else (chosen.rounds, 0.5, 1.5)
+    rounds, window, patience = (1, 0.2, 0.5) if chosen.short else (chosen.rounds, 0.4, 1.0)
     for environment in ENVIRONMENTS:
         python(environment)
     figures: Figures = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
@@ -139,12 +139,12 @@ def main() -> None:
         assert serving.stdout is not None
         ports = json.loads(serving.stdout.readline())
         for number in range(rounds):
-            for name in chosen.only:
-                began = time.monotonic()
-                with alone(chosen.lock):
+            with alone(chosen.lock):
+                for name in chosen.only:
+                    began = time.monotonic()
                     measure(name, ports, window, patience, figures)
-                spent = time.monotonic() - began
-                print(f"round {number + 1}: {name}, {spent:.0f} s", file=sys.stderr)
+                    spent = time.monotonic() - began
+                    print(f"round {number + 1}: {name}, {spent:.0f} s", file=sys.stderr)
             result = {
                 "machine": machine(),
                 "versions": versions(),

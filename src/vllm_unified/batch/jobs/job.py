@@ -125,7 +125,6 @@ class _Run:
         """Not in the ledger yet."""
         self._is_full = False
         self._rows_read = 0
-        self._read_all = False
 
     async def to_end(self) -> BatchSummary:
         """Ask what is not done, and deliver."""
@@ -267,7 +266,6 @@ class _Run:
             chunk = await anext(chunks, None)
         if self._last_done >= self._rows_read:
             raise changed_input(None)
-        self._read_all = True
 
     async def _is_done(self, row: Row) -> bool:
         """Whether it was answered in an earlier run."""

@@ -198,7 +198,10 @@ class RayStream:
             if self.trouble is not None and (self._again or not self._read_all):
                 raise self.trouble
         except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from failed.exceptions[0].__cause__
+            first: BaseException = failed
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from first.__cause__
         finally:
             if not asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 await self._answers.put(None)
@@ -225,10 +228,11 @@ class RayStream:
                 .remote(self._made_of)
             )
             self._actors.append(actor)
-            ends = await asyncio.gather(*(self._feed(actor) for _ in range(BLOCKS_AT_ONCE)))
+            async with asyncio.TaskGroup() as group:
+                feeding = [group.create_task(self._feed(actor)) for _ in range(BLOCKS_AT_ONCE)]
             self._actors.remove(actor)
             ray.kill(actor)
-            if "lost" not in ends:
+            if all(feed.result() != "lost" for feed in feeding):
                 return
 
     async def _feed(self, actor: Any) -> str:
