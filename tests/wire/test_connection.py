@@ -16,7 +16,7 @@ import pytest
 from tests.support import answers
 from tests.support.answers import chunked
 from tests.support.scripted import CLOSE, STALL, ScriptedServer, Step
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, until
 from vllm_unified import (
     ClientClosedError,
     ConfigurationError,
@@ -252,8 +252,7 @@ class TestConnections:
         await body_of(transport, server)
 
         closing.set()
-        while server.open_connections:  # the loop does not run
-            pass
+        until(lambda: server.open_connections == 0)  # the loop does not run
         await body_of(transport, server)
 
         assert [request.connection for request in server.requests] == [1, 2]

@@ -219,8 +219,11 @@ class Connection(asyncio.Protocol):
 
     def send(self, method: str, head: bytes, body: bytes | None) -> HttpResponse:
         """Send a request, head and all; what will be its answer."""
-        assert self._transport is not None
-        self._response = HttpResponse(self)
+        response = HttpResponse(self)
+        if self._transport is None:  # it was closed as soon as it was made
+            response.fail(*_loss(None, response))
+            return response
+        self._response = response
         self._fields.clear()
         self._head_bytes = 0
         self._is_bodiless = method == "HEAD"
@@ -233,7 +236,7 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.write(head)
             self._transport.write(body)
-        return self._response
+        return response
 
     def is_usable(self, oldest: float) -> bool:
         """Whether a request can be sent; it cannot if it is idle since before ``oldest``."""
