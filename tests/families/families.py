@@ -80,9 +80,9 @@ def test_family(family: str, model: Path, row: list[str]) -> None:
     if family in NO_LONGER_SERVED:
         with pytest.raises(ServerStartError) as caught, running(spec):
             pass
-        said = re.search(rf"[^\n]*{NO_LONGER_SERVED[family]}[^\n]*", str(caught.value))
+        said = re.search(rf"Model architecture {NO_LONGER_SERVED[family]}[^\n]*", str(caught.value))
         assert said is not None, str(caught.value)
-        row += ["no", "", "", "", said.group().strip()]
+        row += ["no", "", "", "", f'"{said.group().strip()}"']
         return
     with running(spec) as server, VllmUnified(api_url=server.url, timeout=300) as vllm:
         drive(vllm, family)
