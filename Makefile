@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# Without compiled files, pytest rewrites five hundred modules in every worker.
+unexport PYTHONDONTWRITEBYTECODE
 # Real processes, sockets and clocks on a machine that others use too: what fails is run again, in
 # sight, so that one late packet in four thousand tests is not a verdict. What is broken fails thrice.
 PATIENT := --reruns 2 --reruns-delay 2 -raR

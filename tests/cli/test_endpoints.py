@@ -16,6 +16,8 @@ from vllm_unified import EndpointStatus
 from vllm_unified.simulator import Fleet
 
 pty_only = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
+pytestmark = pytest.mark.processes
+
 PATIENT = ("--timeout", "60")
 
 SHOW_CURSOR = "\x1b[?25h"

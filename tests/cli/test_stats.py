@@ -20,6 +20,8 @@ from vllm_unified.simulator import Fleet
 
 pty_only = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
 
+pytestmark = pytest.mark.processes
+
 _PROGRAM = "from vllm_unified.cli import main; main()"
 SHOW_CURSOR = "\x1b[?25h"
 
