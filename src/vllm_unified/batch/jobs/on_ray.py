@@ -59,10 +59,19 @@ def recipe(fleet: Fleet, patience: float | None, workers: int) -> Recipe:
     flight at a server than one client would.
 
     Raises:
-        ConfigurationError: a server has a quota, which workers cannot keep together.
+        ConfigurationError: a server has a quota, which workers cannot keep together, or takes fewer
+            requests at once than there are workers.
     """
-    if any(endpoint.quota is not None for endpoint in fleet.endpoints):
-        raise ConfigurationError("workers on Ray cannot keep a server's quota together")
+    for endpoint in fleet.endpoints:
+        if endpoint.quota is not None:
+            raise ConfigurationError("workers on Ray cannot keep a server's quota together")
+        most = endpoint.settings.max_concurrent_requests
+        if workers > most:
+            raise ConfigurationError(
+                f"{workers} workers on Ray cannot share the {most} requests that {endpoint.id} may "
+                "have at once",
+                hint="Lower ray_workers (--ray-workers), or raise max_concurrent_requests.",
+            )
     return Recipe(
         settings=fleet.settings,
         endpoints=tuple(_share(endpoint, workers) for endpoint in fleet.endpoints),
@@ -77,7 +86,7 @@ def _share(endpoint: Endpoint, workers: int) -> dict[str, Any]:
         if value is not None
     }
     most = settings["max_concurrent_requests"]
-    settings["max_concurrent_requests"] = max(1, most // workers)
+    settings["max_concurrent_requests"] = most // workers
     return {**settings, "id": endpoint.id, "weight": endpoint.weight}
 
 
