@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+from typing import Any
 
 import pytest
 
@@ -134,3 +136,41 @@ def test_another_event_loop() -> None:
     for _ in range(2):
         with pytest.raises(TimeoutError):
             asyncio.run(run_out_of_time())
+
+
+async def test_a_thousand_lengths_at_once_leave_no_timers() -> None:
+    """As of streams with a total, of which another part is left each time."""
+    deadlines = Deadlines()
+    loop = asyncio.get_running_loop()
+    timers = []
+    call_at = loop.call_at
+    go_on = asyncio.Event()
+
+    def noted(when: float, *call: Any) -> asyncio.TimerHandle:
+        timers.append(call_at(when, *call))
+        return timers[-1]
+
+    async def wait(seconds: float) -> None:
+        with deadlines.within(seconds):
+            await go_on.wait()
+
+    loop.call_at = noted  # type: ignore[assignment, method-assign]
+    try:
+        waiting = [asyncio.create_task(wait(60 + number / 7)) for number in range(1000)]
+        await asyncio.sleep(0)
+        assert len(timers) == 1000
+        go_on.set()
+        await asyncio.gather(*waiting)
+    finally:
+        del loop.call_at
+
+    assert sum(not timer.cancelled() for timer in timers) <= 100
+
+
+async def test_a_length_of_its_own_is_kept_to() -> None:
+    deadlines = Deadlines()
+    with contextlib.ExitStack() as many:
+        for number in range(200):
+            many.enter_context(deadlines.within(60 + number))
+        with pytest.raises(TimeoutError), deadlines.within(0.05):
+            await asyncio.sleep(60)

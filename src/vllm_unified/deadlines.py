@@ -11,7 +11,8 @@ import asyncio
 from types import TracebackType
 
 _MAX_LENGTHS = 100
-"""Lines that are kept while nobody stands in them."""
+"""Lines that are kept. What is left of a total is another length each time, and of many streams it
+would be thousands: beyond these, a deadline has a line, and so a timer, to itself."""
 
 
 class Deadlines:
@@ -36,7 +37,10 @@ class Deadlines:
         if line is None:
             if len(self._lines) >= _MAX_LENGTHS:
                 self._forget_empty_lines()
-            line = self._lines[seconds] = _Line(loop, seconds)
+            is_kept = len(self._lines) < _MAX_LENGTHS
+            line = _Line(loop, seconds, is_kept=is_kept)
+            if is_kept:
+                self._lines[seconds] = line
         return Deadline(line)
 
     def _forget_empty_lines(self) -> None:
@@ -49,10 +53,11 @@ class Deadlines:
 class _Line:
     """The deadlines of one length, in the order in which they are due."""
 
-    __slots__ = ("_seconds", "_timer", "loop", "waiting")
+    __slots__ = ("_is_kept", "_seconds", "_timer", "loop", "waiting")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, *, is_kept: bool) -> None:
         self.loop = loop
+        self._is_kept = is_kept
         self.waiting: dict[Deadline, float] = {}
         """With the loop's time at which each is due."""
         self._seconds = seconds
@@ -63,6 +68,11 @@ class _Line:
         self.waiting[deadline] = due
         if self._timer is None:
             self._timer = self.loop.call_at(due, self._ring)
+
+    def leave(self, deadline: Deadline) -> None:
+        del self.waiting[deadline]
+        if not self._is_kept:
+            self.close()
 
     def close(self) -> None:
         if self._timer is not None:
@@ -106,7 +116,7 @@ class Deadline:
         traceback: TracebackType | None,
     ) -> None:
         if not self._has_passed:
-            del self._line.waiting[self]
+            self._line.leave(self)
         # Whoever else cancelled the task in the same moment is to have it cancelled.
         elif self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise TimeoutError from error

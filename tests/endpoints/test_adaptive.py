@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_unified.endpoints.adaptive import AdaptiveLimit
+from vllm_unified.endpoints.adaptive import WIDEST_START, AdaptiveLimit
 
 CEILING = 256
 Work = Callable[[random.Random], int]
@@ -356,6 +356,14 @@ def test_much_work_begins_with_much() -> None:
     assert limit.capacity == 100
     limit.widen(70)
     assert limit.capacity == 100
+
+
+def test_but_not_with_thousands_because_they_are_allowed() -> None:
+    limit = AdaptiveLimit(4096)
+
+    limit.widen(100_000)
+
+    assert limit.capacity == WIDEST_START
 
 
 def test_but_not_where_the_server_is_known() -> None:

@@ -40,6 +40,9 @@ LARGEST_SPREAD = 10.0
 SHORTEST_WINDOW = 0.2
 """Seconds; hiccups of an event loop are small against it."""
 RESTART_CAPACITY = 4
+WIDEST_START = 256
+"""vLLM's default ``max_num_seqs`` on most hardware: with more, requests only wait there until the
+server was found to take them. A ceiling in the thousands is no reason to begin with as many."""
 QUEUE_SHARE = 0.1
 """Waiting requests, as a share of the running ones, that are more than passing through."""
 
@@ -170,9 +173,11 @@ class AdaptiveLimit:
 
     def widen(self, capacity: int) -> None:
         """There is work for this many requests, and nobody waits for a single one of them: begin
-        there, as long as nothing is known of the server. Where less is as good, it comes down."""
+        there, or with ``WIDEST_START``, as long as nothing is known of the server. Where less is as
+        good, it comes down."""
+        capacity = min(capacity, self._climb.ceiling, WIDEST_START)
         if self._fresh and capacity > self.capacity:
-            self._climb.restart(min(capacity, self._climb.ceiling))
+            self._climb.restart(capacity)
             self._move(self._climb.base, 0)
 
     def restart(self) -> None:
