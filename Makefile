@@ -2,14 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# What was released since yesterday is no reason for a failing test; `make upgrade` lets it in.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 # Without compiled files, pytest rewrites five hundred modules in every worker.
 unexport PYTHONDONTWRITEBYTECODE
 # Real processes, sockets and clocks on a machine that others use too: what fails is run again, in
 # sight, so that one late packet in four thousand tests is not a verdict. What is broken fails thrice.
 PATIENT := --reruns 2 --reruns-delay 2 -raR
 
-.PHONY: demo test quick processes resilience ray lint live wheel bench clean help
+.PHONY: demo test test-families quick processes resilience ray lint live wheel bench upgrade clean help
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
@@ -63,6 +64,12 @@ bench: $(VENV)/.dev  ## Measure: beside other clients, the import, the pipeline
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/pipeline.py
 
+upgrade:  ## The newest versions of all that tests need, into constraints.txt
+	@rm -rf $(VENV)
+	@: > constraints.txt
+	@$(MAKE) --no-print-directory $(VENV)/.dev
+	$(BIN)/python -m pip freeze --exclude-editable > constraints.txt
+
 clean:  ## Remove what was made here; engines and models stay in the user's cache
 	rm -rf $(VENV) benchmarks/.envs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -72,12 +79,12 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) -U "pip>=25.1"
 
-$(VENV)/.cli: pyproject.toml $(VENV)/bin/python
+$(VENV)/.cli: pyproject.toml constraints.txt $(VENV)/bin/python
 	@echo "Installing vllm-unified into $(VENV) ..."
 	@$(PIP) -e '.[cli,speed]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(VENV)/bin/python
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/bin/python
 	@echo "Installing vllm-unified and its development tools into $(VENV) ..."
 	@$(PIP) -e '.[batch,cli,docker,schema,speed]' --group dev
 	@touch $@ $(VENV)/.cli

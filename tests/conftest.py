@@ -39,6 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("shared servers"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Versions of pytest and xdist that do not fit each other forget the groups without a word."""
+    if getattr(session.config.option, "loadgroup", False):
+        for item in session.items:
+            if item.get_closest_marker("xdist_group") and "@" not in item.nodeid:
+                raise pytest.UsageError(f"--dist loadgroup: {item.nodeid} was put into no group")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _a_core_for_each_worker() -> None:
     """By itself, vLLM binds the threads of every server to the same core."""
