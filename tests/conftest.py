@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+from xdist.workermanage import WorkerController
 
 from tests.support.scripted import ScriptedServer
 
@@ -39,12 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("shared servers"))
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: WorkerController, ids: list[str]) -> None:
     """Versions of pytest and xdist that do not fit each other forget the groups without a word."""
-    if getattr(session.config.option, "loadgroup", False):
-        for item in session.items:
-            if item.get_closest_marker("xdist_group") and "@" not in item.nodeid:
-                raise pytest.UsageError(f"--dist loadgroup: {item.nodeid} was put into no group")
+    if node.config.option.dist == "loadgroup" and ids and not any("@" in id for id in ids):
+        pytest.exit("--dist loadgroup: this pytest-xdist puts no test into its group", 4)
 
 
 @pytest.fixture(scope="session", autouse=True)
