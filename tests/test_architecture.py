@@ -21,7 +21,7 @@ PURE = (
     "endpoints.stats endpoints.verdict endpoints.config fleet.policies fleet.prefix "
     "fleet.continuation fleet.stops endpoints.backoff "
     "models.info models.facts models.served models.metrics models.statistics models.lora.adapters "
-    "models.lora.placement models.lora.fit models.fidelity models.quantization arguments "
+    "models.lora.placement models.lora.fit models.fidelity models.quantization arguments templates "
     "batch.answer batch.errors batch.metrics batch.patience batch.requests batch.packing"
     " batch.jobs.template batch.jobs.question batch.jobs.columns batch.jobs.fingerprint "
     "batch.jobs.summary batch.files.rows batch.files.shape batch.files.lines"
@@ -43,7 +43,7 @@ LAYERS = [
     ("wire",),
     ("endpoints",),
     ("fleet",),
-    ("arguments", "batch", "feeding", "handler", "bridge", "configfile", "models"),
+    ("arguments", "templates", "batch", "feeding", "handler", "bridge", "configfile", "models"),
     ("client", "batching", "management", "balancer", "blocking"),
 ]
 

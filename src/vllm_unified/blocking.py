@@ -24,11 +24,7 @@ from vllm_unified.fleet.directory import EndpointInput, EndpointStatus, FleetInp
 from vllm_unified.handler import EndpointHandler
 from vllm_unified.models.info import ModelInfo
 from vllm_unified.models.lora.adapters import LoraAdapter, LoraResult
-from vllm_unified.models.quantization import (
-    QuantizationConfig,
-    QuantizationResult,
-    StepProgress,
-)
+from vllm_unified.models.quantization import QuantizationConfig, QuantizationResult, StepProgress
 from vllm_unified.models.statistics import ModelStatistics
 from vllm_unified.results import (
     ChatResult,

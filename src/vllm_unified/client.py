@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from vllm_unified.arguments import Params, call_arguments
 from vllm_unified.balancer import Balanced, LoadBalancer, Where
@@ -17,7 +17,7 @@ from vllm_unified.endpoints.health import Health
 from vllm_unified.endpoints.stats import EndpointStats, Statistics
 from vllm_unified.events import Events, Handler
 from vllm_unified.fleet.directory import Directory, EndpointStatus, FleetInput
-from vllm_unified.fleet.fleet import Fleet
+from vllm_unified.fleet.fleet import Decode, Fleet
 from vllm_unified.fleet.monitor import HealthCheck, Monitor
 from vllm_unified.fleet.stream import GenerationStream
 from vllm_unified.handler import EndpointHandler
@@ -33,6 +33,7 @@ from vllm_unified.settings import (
     TLSConfig,
     resolve_settings,
 )
+from vllm_unified.templates import Templates
 from vllm_unified.wire import responses
 from vllm_unified.wire.requests import (
     GenerationInput,
@@ -134,6 +135,7 @@ class AsyncVllmUnified(Batching, Management):
         }
         self._settings = resolve_settings(metadata, keywords, os.environ)
         self._directory = Directory(self._settings, resources, _make_transport)
+        self._templates = Templates()
         self._server: LocalServer | None = None
 
     @classmethod
@@ -236,10 +238,16 @@ class AsyncVllmUnified(Batching, Management):
             For ``messages`` a :class:`ChatResult`, which is a :class:`GenerationResult` too.
         """
         fleet = self._route(endpoint_url)
-        settings, fields = call_arguments(
-            fleet.settings, generation_fields(data), model, options, params
-        )
-        return await _generate(fleet, generation_request(fields), settings)
+        made = None
+        if options is None and isinstance(data, str):
+            made = self._templates.call(fleet, fleet.settings, "prompt", data, params, model=model)
+        if made is None:
+            settings, fields = call_arguments(
+                fleet.settings, generation_fields(data), model, options, params
+            )
+            made = settings, generation_request(fields)
+        settings, request = made
+        return await fleet.send(request, settings, responses.generation_decoder(request))
 
     async def generate(self, prompt: Prompt, **params: Any) -> GenerationResult:
         """Generate at the default server; see :meth:`make_request`."""
@@ -296,7 +304,9 @@ class AsyncVllmUnified(Batching, Management):
             OutputValidationError: the answer is not a ``response_model``; has the text.
         """
         fleet, settings, request = self._chat_call(messages, options, params, response_model)
-        return cast("ChatResult[Any]", await _generate(fleet, request, settings))
+        decode: Decode[Any] = responses.generation_decoder(request)
+        result: ChatResult[Any] = await fleet.send(request, settings, decode)
+        return result
 
     def stream_generation(
         self,
@@ -596,22 +606,26 @@ class AsyncVllmUnified(Batching, Management):
         self,
         messages: Sequence[Message] | str,
         options: Params | None,
-        params: Params,
+        params: dict[str, Any],
         response_model: Any,
         *,
         stream: bool = False,
     ) -> tuple[Fleet, Settings, WireRequest]:
-        where = params.get("endpoint_url") or (options or {}).get("endpoint_url")
+        where = params.pop("endpoint_url", None) or (options or {}).get("endpoint_url")
         fleet = self._route(where)
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if options is None and not stream:
+            made = self._templates.call(
+                fleet, fleet.settings, "messages", messages, params, response_model=response_model
+            )
+            if made is not None:
+                return fleet, *made
         settings, fields = call_arguments(fleet.settings, {}, None, options, params)
         fields.pop("endpoint_url", None)
         structure = None if response_model is None else output_structure(response_model)
         request = chat_request(messages, fields, stream=stream, structure=structure)
         return fleet, settings, request
-
-
-async def _generate(fleet: Fleet, request: WireRequest, settings: Settings) -> GenerationResult:
-    return await fleet.send(request, settings, responses.generation_decoder(request))
 
 
 def _make_transport(settings: Settings) -> Transport:

@@ -53,26 +53,20 @@ class Deadlines:
 class _Line:
     """The deadlines of one length, in the order in which they are due."""
 
-    __slots__ = ("_is_kept", "_seconds", "_timer", "loop", "waiting")
+    __slots__ = ("_timer", "is_kept", "loop", "seconds", "waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, *, is_kept: bool) -> None:
         self.loop = loop
-        self._is_kept = is_kept
+        self.is_kept = is_kept
+        self.seconds = seconds
         self.waiting: dict[Deadline, float] = {}
         """With the loop's time at which each is due."""
-        self._seconds = seconds
         self._timer: asyncio.TimerHandle | None = None
 
-    def join(self, deadline: Deadline) -> None:
-        due = self.loop.time() + self._seconds
-        self.waiting[deadline] = due
+    def set_timer(self, due: float) -> None:
+        """Look at them then, if not earlier."""
         if self._timer is None:
             self._timer = self.loop.call_at(due, self._ring)
-
-    def leave(self, deadline: Deadline) -> None:
-        del self.waiting[deadline]
-        if not self._is_kept:
-            self.close()
 
     def close(self) -> None:
         if self._timer is not None:
@@ -103,11 +97,16 @@ class Deadline:
         self._has_passed = False
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
+        line = self._line
+        task = asyncio.current_task(line.loop)
         assert task is not None, "a deadline is for a task"
         self._task = task
         self._cancelling = task.cancelling()
-        self._line.join(self)
+        due = line.loop.time() + line.seconds
+        is_first = not line.waiting
+        line.waiting[self] = due
+        if is_first:
+            line.set_timer(due)
 
     def __exit__(
         self,
@@ -116,7 +115,10 @@ class Deadline:
         traceback: TracebackType | None,
     ) -> None:
         if not self._has_passed:
-            self._line.leave(self)
+            line = self._line
+            del line.waiting[self]
+            if not line.is_kept:
+                line.close()
         # Whoever else cancelled the task in the same moment is to have it cancelled.
         elif self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise TimeoutError from error

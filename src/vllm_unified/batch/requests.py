@@ -10,6 +10,7 @@ import msgspec
 from vllm_unified.arguments import call_arguments
 from vllm_unified.batch.packing import most_in_a_pack
 from vllm_unified.settings import Settings
+from vllm_unified.templates import CallTemplate
 from vllm_unified.wire.requests import (
     GenerationInput,
     RequestTemplate,
@@ -66,7 +67,7 @@ class RequestMaker:
         self._structures: dict[int, tuple[Any, OutputStructure]] = {}
         # What is wrong for all is said before anything is sent.
         self._chats = self._template("messages", [{"role": "user", "content": "a"}])
-        self._prompts: _Template | None = None
+        self._prompts: CallTemplate | None = None
         if "response_model" not in self._shared:
             self._prompts = self._template("prompt", "a")
 
@@ -118,10 +119,10 @@ class RequestMaker:
             limit=self._settings.max_response_bytes,
         )
 
-    def _template(self, name: str, value: Any) -> _Template | None:
+    def _template(self, name: str, value: Any) -> CallTemplate | None:
         settings, fields, structure = self._call({name: value}, own_model=False)
         requests = RequestTemplate.of(fields, structure=structure)
-        return None if requests is None else _Template(requests, settings)
+        return None if requests is None else CallTemplate(requests, settings)
 
     def _call(
         self, own: Mapping[str, Any], *, own_model: bool
@@ -142,8 +143,3 @@ class RequestMaker:
             if len(self._structures) < _MOST_STRUCTURES:
                 self._structures[id(response_model)] = known
         return known[1]
-
-
-class _Template(msgspec.Struct, frozen=True):
-    requests: RequestTemplate
-    settings: Settings

@@ -18,28 +18,27 @@ class Backoff:
     over half of the pause, so that many clients do not keep step. Times are monotonic seconds.
     """
 
-    __slots__ = ("_pause", "ready_at")
+    __slots__ = ("_pause", "is_on", "ready_at")
 
     def __init__(self) -> None:
         self._pause = 0.0
+        self.is_on = False
+        """Whether the server refused, and has answered nothing since."""
         self.ready_at = -math.inf
         """When the next request may be sent; minus infinity while the server refuses none."""
-
-    @property
-    def is_on(self) -> bool:
-        """Whether the server refused, and has answered nothing since."""
-        return self._pause > 0
 
     def refuse(self, now: float, random: Callable[[], float]) -> None:
         """The server refused the only request that was there.
 
         ``random`` is uniform in [0, 1).
         """
+        self.is_on = True
         self._pause = min(max(2 * self._pause, SHORTEST), LONGEST)
         self.ready_at = now + self._pause * (0.5 + 0.5 * random())
 
     def end(self) -> None:
         """The server answered."""
+        self.is_on = False
         self._pause = 0.0
         self.ready_at = -math.inf
 

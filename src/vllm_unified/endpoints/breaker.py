@@ -119,11 +119,13 @@ class CircuitBreaker:
             self._trials += 1
         return self._generation
 
-    def succeed(self, token: int) -> None:
-        """The request that ``token`` is of succeeded."""
+    def succeed(self, token: int) -> bool:
+        """The request that ``token`` is of succeeded; whether that closed it."""
         if token != self._generation:
-            return
+            return False
         self._failures = 0
+        if not self.shut:
+            return False
         if self.state == "open":
             self._enter("half_open")  # it was tried before its time: the others were worse
         elif self.state == "half_open":
@@ -132,6 +134,7 @@ class CircuitBreaker:
             self._successes += 1
             if self._successes >= self.config.half_open_successful_calls:
                 self._close()
+        return not self.shut
 
     def fail(self, token: int, now: float) -> None:
         """The request that ``token`` is of failed, by the server's fault."""

@@ -110,17 +110,17 @@ class Call:
             self._fail_last_attempt(error)
             return
         assert self.endpoint is not None
-        duration = time.monotonic() - self._attempt_started
+        url, duration = self.endpoint.url, time.monotonic() - self._attempt_started
+        began = time.time() - duration
         self._attempt_started = None
-        self.attempts.append(
-            Attempt(
-                endpoint=self.endpoint.url,
-                started_at=time.time() - duration,
-                duration=duration,
-                error=None if error is None else self.words(error),
-                status_code=None if error is None else error.status_code,
+        if error is None:
+            attempt = Attempt(endpoint=url, started_at=began, duration=duration)
+        else:
+            words, status = self.words(error), error.status_code
+            attempt = Attempt(
+                endpoint=url, started_at=began, duration=duration, error=words, status_code=status
             )
-        )
+        self.attempts.append(attempt)
 
     def _fail_last_attempt(self, error: VllmError | None) -> None:
         if error is not None and self.attempts and self.attempts[-1].error is None:
@@ -138,7 +138,7 @@ class Call:
         return ResultMetadata(
             endpoint="" if self.endpoint is None else self.endpoint.url,
             request_id=self.request_id,
-            duration=self.elapsed,
+            duration=time.monotonic() - self.started,
             time_to_first_token=time_to_first_token,
             attempts=tuple(self.attempts),
             continuations=tuple(self.continuations),

@@ -7,9 +7,9 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from random import random
-from typing import Literal, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 import msgspec
 
@@ -174,26 +174,28 @@ class Endpoint:
         request = call.request
         if self.aliases and request.model in self.aliases:
             return await self._open_renamed(call, self.aliases[request.model])
-        return await self._send(call, request.body)
+        response = await self._send(call, request.body)
+        return response if 200 <= response.status < 300 else await self._refused(call, response)
 
     async def _open_renamed(self, call: Call, name: str) -> Response:
         self.renamed[name] += 1
         try:
-            return await self._send(call, with_model(call.request, name))
+            response = await self._send(call, with_model(call.request, name))
+            return response if 200 <= response.status < 300 else await self._refused(call, response)
         finally:
             self.renamed[name] -= 1
 
-    async def _send(self, call: Call, body: bytes | None) -> Response:
-        request = call.request
-        response = await self._transport.open(
+    def _send(self, call: Call, body: bytes | None) -> Awaitable[Response]:
+        request, url = call.request, self.url
+        return self._transport.open(
             request.method,
-            _address(self.url, request.path),
+            f"{url}:{request.path}" if url.startswith("unix://") else url + request.path,
             headers=call.headers(self),
             body=body,
         )
-        if 200 <= response.status < 300:
-            return response
-        words = b""
+
+    async def _refused(self, call: Call, response: Response) -> NoReturn:
+        request, words = call.request, b""
         try:
             # The status says what is wrong, also where the words after it cannot be read.
             with contextlib.suppress(VllmError):
@@ -340,16 +342,11 @@ class Slot:
         if endpoint.breaker.shut:
             # A trial need not last as long as its stream. Otherwise the end has the verdict: a
             # server that dies after every first token is not well.
-            self._acquit()
+            self._acquit(self._token)
 
-    def _acquit(self) -> None:
-        if self._token is None:
-            return
-        breaker = self.endpoint.breaker
-        was_shut = breaker.shut
-        breaker.succeed(self._token)
+    def _acquit(self, token: int | None) -> None:
         self._token = None
-        if was_shut and not breaker.shut:
+        if token is not None and self.endpoint.breaker.succeed(token):
             self.endpoint.limit.restart()
 
     def succeed(self, now: float, *, tokens: int, prompt_tokens: int = 0) -> None:
@@ -358,8 +355,9 @@ class Slot:
             return
         if not self._is_proven:
             self.prove(now)
-        self._acquit()
-        endpoint = self.endpoint
+        endpoint, token = self.endpoint, self._token
+        if token is not None:
+            self._acquit(token)
         endpoint.succeeded_at = now
         endpoint.limit.on_success(in_flight=endpoint.in_flight, work=float(tokens or 1), now=now)
         if self._quota is not None and endpoint.quota is not None:
@@ -382,7 +380,7 @@ class Slot:
             self._token = None
             endpoint.breaker.fail(token, now)
         elif verdict == "answered":
-            self._acquit()
+            self._acquit(self._token)
         if isinstance(error, ConnectError) and self._quota is not None and endpoint.quota:
             endpoint.quota.refund(self._quota)  # nothing was sent
         self._release()
@@ -420,7 +418,3 @@ async def attempt_clock(seconds: float) -> AsyncIterator[None]:
 def _key_header(config: EndpointConfig) -> dict[str, str]:
     key = config.settings.api_key
     return {"Authorization": f"Bearer {key.reveal()}"} if key and key.reveal() else {}
-
-
-def _address(url: str, path: str) -> str:
-    return f"{url}:{path}" if url.startswith("unix://") else url + path

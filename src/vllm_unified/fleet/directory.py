@@ -118,12 +118,12 @@ class Directory:
             ConfigurationError: not an address, or an endpoint of another client.
         """
         self._check_open()
+        if where is None and self._default is not None:
+            return self._default
         if isinstance(where, Fleet):
             return where
         if isinstance(where, str) and where in self._alone:
             return self._alone[where]
-        if where is None and self._default is not None:
-            return self._default
         if isinstance(where, Endpoint):
             self._check_own(where)
             return self._alone[where.id]

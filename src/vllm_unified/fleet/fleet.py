@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from functools import partial
 from random import random
 from typing import Any, Protocol, TypeVar
 
@@ -13,7 +14,7 @@ from vllm_unified.endpoints.budget import RetryBudget
 from vllm_unified.endpoints.call import Call
 from vllm_unified.endpoints.endpoint import Endpoint, Slot, attempt_clock
 from vllm_unified.endpoints.retry import RetryPolicy, pause_before_retry
-from vllm_unified.endpoints.stats import StatsCell, StatsCollector
+from vllm_unified.endpoints.stats import NO_ENDPOINT, StatsCell, StatsCollector
 from vllm_unified.errors import (
     AuthenticationError,
     ClientClosedError,
@@ -176,15 +177,12 @@ class Fleet:
         """
         call = Call(request, settings)
         self.begin(call)
-
-        async def exchange(slot: Slot) -> T:
-            if settings.hedge_after is not None and request.generates:
-                return await self._hedged(call, slot, decode, settings.hedge_after)
-            return await self._exchange(call, slot, decode)
-
+        once = partial(self._exchange, call, decode)
+        if settings.hedge_after is not None and request.generates:
+            once = partial(self._hedged, call, decode, settings.hedge_after)
         try:
             with self.deadlines.within(settings.timeout):
-                result = await self.attempt(call, exchange, settings.timeout)
+                result = await self.attempt(call, once, settings.timeout)
         except VllmError as error:
             raise self.failed(call, error) from error.__cause__
         except TimeoutError:
@@ -252,15 +250,16 @@ class Fleet:
         """Where the numbers of this call's last attempt are kept."""
         if call.cell is not None:
             return call.cell
-        if not call.request.generates:
+        request, endpoint = call.request, call.endpoint
+        if not request.generates:
             return self._uncounted
-        place, endpoints = call.place, self._router.endpoints
-        if not place and len(endpoints) == 1:
-            place = endpoints[0].id  # it was never sent, and meant for this one
-        cell = self._stats.cell(place, call.request.model or "")
-        if call.endpoint is not None:
-            call.cell = cell
-        return cell
+        if endpoint is not None:
+            cell = call.cell = self._stats.cell(endpoint.id, request.model or "")
+            return cell
+        endpoints = self._router.endpoints
+        # It was never sent; where there is only one, it was meant for that.
+        place = endpoints[0].id if len(endpoints) == 1 else NO_ENDPOINT
+        return self._stats.cell(place, request.model or "")
 
     def begin(self, call: Call) -> None:
         """A call begins."""
@@ -296,8 +295,9 @@ class Fleet:
         """A call has ended."""
         if self.adapters is not None:
             self.adapters.ended(call)
-        duration = call.elapsed
-        self.cell(call).finished(
+        duration = time.monotonic() - call.started
+        cell = self.cell(call) if call.cell is None else call.cell
+        cell.finished(
             duration=duration,
             error=None if error is None else type(error).__name__,
             cancelled=cancelled,
@@ -343,7 +343,7 @@ class Fleet:
                 )
             )
 
-    async def _exchange(self, call: Call, slot: Slot, decode: Decode[T]) -> T:
+    async def _exchange(self, call: Call, decode: Decode[T], slot: Slot) -> T:
         result = await slot.endpoint.exchange(call, decode)
         usage: Usage | None = getattr(result, "usage", None)
         if usage is None:
@@ -354,7 +354,7 @@ class Fleet:
             )
         return result
 
-    async def _hedged(self, call: Call, slot: Slot, decode: Decode[T], after: float) -> T:
+    async def _hedged(self, call: Call, decode: Decode[T], after: float, slot: Slot) -> T:
         """One attempt, and a second beside it if the first takes longer than ``after`` seconds."""
 
         def second() -> Coroutine[Any, Any, tuple[Call, T]] | None:
@@ -394,7 +394,7 @@ class Fleet:
     async def _racing(self, call: Call, slot: Slot, decode: Decode[T]) -> tuple[Call, T]:
         """One of two attempts; it may fail while the other goes on."""
         try:
-            return call, await self._exchange(call, slot, decode)
+            return call, await self._exchange(call, decode, slot)
         except VllmError as error:
             self.attempt_failed(call, slot, error)
             raise

@@ -55,7 +55,7 @@ class Headers(Mapping[str, str]):
         return len(self._fields)
 
 
-_NO_HEADERS = Headers({})
+_NO_FIELDS: dict[bytes, bytes] = {}
 
 
 class HttpResponse:
@@ -68,14 +68,15 @@ class HttpResponse:
         "_limit",
         "_packets",
         "_waiter",
-        "headers",
+        "fields",
         "status",
     )
 
     def __init__(self, connection: Connection) -> None:
         self.status = 0
         """0 until the head has come."""
-        self.headers: Mapping[str, str] = _NO_HEADERS
+        self.fields = _NO_FIELDS
+        """The headers as they came, but for the names, which are in lower case."""
         self._connection: Connection | None = connection
         """``None`` when nothing more will come from there."""
         self._packets: list[bytes] = []
@@ -86,40 +87,47 @@ class HttpResponse:
         self._error: VllmError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    async def head(self) -> None:
-        """Wait for status and headers."""
-        while not self.status:
-            self._raise_error()
-            await self._more()
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return Headers(self.fields)
+
+    def more(self) -> asyncio.Future[None]:
+        """To be awaited until more has come: the head, some of the body, or the end.
+
+        Raises:
+            VllmError: nothing more will come.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._waiter is not None and not self._waiter.done():
+            raise ConnectionLostError("two tasks read one answer")
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        return waiter
 
     async def packet(self) -> bytes:
         while not self._packets:
-            self._raise_error()
-            if self._connection is None:
+            if self._connection is None and self._error is None:
                 return b""
-            await self._more()
+            await self.more()
         return self._take()
 
     async def read(self, limit: int) -> bytes:
-        self._limit = limit
         if self._connection is not None:
+            self._limit = limit
             self._connection.resume_reading()
-        while self._connection is not None and self._held <= limit:
-            await self._more()
+            while self._connection is not None and self._held <= limit:
+                await self.more()
         if self._held > limit:
             self.close()
             raise ResponseTooLargeError(f"the answer is larger than {limit} bytes")
-        self._raise_error()
+        if self._error is not None:
+            raise self._error
         return self._take()
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.abort()
             self.fail(ConnectionLostError("the answer was left before its end"))
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
 
     def _take(self) -> bytes:
         packets, self._held = self._packets, 0
@@ -129,36 +137,36 @@ class HttpResponse:
             self._connection.resume_reading()
         return data
 
-    async def _more(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            raise ConnectionLostError("two tasks read one answer")
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
+    # What the connection tells.
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Who waits is to look again."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    # What the connection tells.
-
-    def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        """The head has come."""
-        self.status = status
-        self.headers = headers
-        self._wake()
-
-    def add(self, packets: list[bytes]) -> bool:
-        """Some of the body has come; whether that is more than to be held unread."""
+    def add(self, packets: list[bytes]) -> None:
+        """Some of the body has come."""
         self._packets += packets
         self._held += sum(map(len, packets))
-        if self._limit is None or self._held > self._limit:
-            self._wake()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether what has come is of use before the rest."""
+        return self._limit is None or self._held > self._limit
+
+    @property
+    def is_too_much(self) -> bool:
+        """Whether more has come than is to be held unread."""
         return self._limit is None and self._held > _MAX_HELD_BYTES
 
-    def end(self) -> None:
-        """All of it has come."""
+    def end(self, packets: list[bytes] | None = None) -> None:
+        """All of it has come, with these packets."""
         self._connection = None
-        self._wake()
+        if packets:
+            self._packets += packets
+            self._held += sum(map(len, packets))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def fail(self, error: VllmError, cause: BaseException | None = None) -> None:
         """Nothing more will come, and that is not all."""
@@ -181,7 +189,6 @@ class Connection(asyncio.Protocol):
     """A connection to a server: sends a request, and hands its answer on as it arrives."""
 
     __slots__ = (
-        "_ends_with_connection",
         "_fields",
         "_head_bytes",
         "_is_bodiless",
@@ -195,6 +202,7 @@ class Connection(asyncio.Protocol):
         "_packets",
         "_parser",
         "_response",
+        "_size",
         "_transport",
         "idle_since",
         "on_body",
@@ -228,6 +236,7 @@ class Connection(asyncio.Protocol):
         self._head_bytes = 0
         self._is_bodiless = method == "HEAD"
         self._is_interim = self._is_whole = False
+        self._size = 0
         self._is_reusable = True
         if body is None:
             self._transport.write(head)
@@ -238,12 +247,12 @@ class Connection(asyncio.Protocol):
             self._transport.write(body)
         return response
 
-    def is_usable(self, oldest: float) -> bool:
-        """Whether a request can be sent; it cannot if it is idle since before ``oldest``."""
-        transport, since = self._transport, self.idle_since
-        if transport is None or transport.is_closing() or since < oldest:
+    def is_usable(self, now: float, longest: float) -> bool:
+        """Whether a request can be sent; it cannot if it was idle for ``longest`` seconds."""
+        transport, idle = self._transport, now - self.idle_since
+        if transport is None or transport.is_closing() or idle > longest:
             return False
-        return self._loop.time() - since < _PEEK_SECONDS or self._is_silent(transport)
+        return idle < _PEEK_SECONDS or self._is_silent(transport)
 
     def _is_silent(self, transport: asyncio.Transport) -> bool:
         """Whether no end of the connection waits to be noticed, by a loop that was busy."""
@@ -305,7 +314,9 @@ class Connection(asyncio.Protocol):
             self._finish(response)
         elif self._packets:
             self._pass_on(response)
-        elif not response.status:
+        elif response.status:
+            response.wake()
+        else:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self.fail(ProtocolError(f"the answer's head is larger than {MAX_HEAD_BYTES} bytes"))
@@ -314,7 +325,7 @@ class Connection(asyncio.Protocol):
         """It is closed."""
         response, self._response = self._response, None
         if response is not None:
-            if exc is None and response.status and self._ends_with_connection:
+            if exc is None and response.status and not _is_framed(response.fields):
                 response.end()
             else:
                 response.fail(*_loss(exc, response))
@@ -342,16 +353,16 @@ class Connection(asyncio.Protocol):
         response = self._response
         if response is None or self._is_whole:
             return
-        status = self._parser.get_status_code()
+        parser = self._parser
+        status = parser.get_status_code()
         if status < 200:
             self._is_interim = True
             return
-        fields = {name.lower(): value for name, value in self._fields.items()}
-        if not self._parser.should_keep_alive():
+        if not parser.should_keep_alive():
             self._is_reusable = False
-        framed = b"content-length" in fields or b"chunked" in fields.get(b"transfer-encoding", b"")
-        self._ends_with_connection = not framed
-        response.begin(status, Headers(fields))
+        response.status = status
+        fields = self._fields
+        response.fields = dict(zip(map(bytes.lower, fields), fields.values(), strict=True))
         if self._is_bodiless:
             self._is_reusable = False
             self._is_whole = True
@@ -363,15 +374,16 @@ class Connection(asyncio.Protocol):
             self._fields.clear()
         elif self._response is not None and not self._is_whole:
             self._is_whole = True
-            self._pass_on(self._response)
+            self._size = len(self._packets)
 
     def _pass_on(self, response: HttpResponse) -> None:
-        packets = self._packets
-        if not packets:
+        if not self._packets:
             return
-        is_too_much = response.add(packets)
-        packets.clear()
-        if is_too_much and not self._is_whole:
+        response.add(self._packets)
+        self._packets.clear()
+        if response.is_wanted:
+            response.wake()
+        if response.is_too_much:
             self._pause_reading()
 
     def _pause_reading(self) -> None:
@@ -381,14 +393,15 @@ class Connection(asyncio.Protocol):
 
     def _finish(self, response: HttpResponse) -> None:
         self._response = None
-        self._packets.clear()  # what came after the end
-        response.end()
-        assert self._transport is not None
-        if self._is_reusable and not self._is_congested and not self._transport.is_closing():
+        response.end(self._packets[: self._size])
+        self._packets.clear()  # also of what came after the end
+        transport = self._transport
+        assert transport is not None
+        if self._is_reusable and not self._is_congested and not transport.is_closing():
             self.idle_since = self._loop.time()
             self._keeper.give_back(self)
         else:
-            self._transport.abort()
+            transport.abort()
 
     def _fail_to_parse(self, data: bytes, error: Exception) -> None:
         assert self._response is not None
@@ -400,6 +413,11 @@ class Connection(asyncio.Protocol):
             self.fail(TLSError("the server speaks TLS: its address begins with https://"), error)
         else:
             self.fail(ProtocolError(f"the answer is not HTTP: {error}"), error)
+
+
+def _is_framed(fields: dict[bytes, bytes]) -> bool:
+    """Whether the headers say where the body ends."""
+    return b"content-length" in fields or b"chunked" in fields.get(b"transfer-encoding", b"")
 
 
 def _loss(exc: Exception | None, response: HttpResponse) -> tuple[VllmError, Exception]:

@@ -123,7 +123,8 @@ class Dialer:
             head += f"Proxy-Authorization: {authorization}\r\n"
         answer = outer.send("CONNECT", f"{head}\r\n".encode(), None)
         try:
-            await answer.head()
+            while not answer.status:
+                await answer.more()
         except VllmError as error:
             raise ConnectError(f"the proxy fails: {error.message}") from error.__cause__
         if not 200 <= answer.status < 300:

@@ -48,7 +48,7 @@ class _Route(msgspec.Struct, frozen=True):
     headers: dict[str, str]
     """Which the caller's take precedence over."""
     lines: str
-    """The same, ready to be sent."""
+    """The same, ready to be sent, without the last line's end."""
 
 
 class HttpTransport:
@@ -84,11 +84,12 @@ class HttpTransport:
             connection = await self._connect(route.pool)
         response = connection.send(method, head, body)
         try:
-            await response.head()
+            while not response.status:
+                await response.more()
         except BaseException:
             response.close()
             raise
-        return decompressed(response) if "content-encoding" in response.headers else response
+        return decompressed(response) if b"content-encoding" in response.fields else response
 
     async def close(self) -> None:
         self._closed = True
@@ -173,19 +174,20 @@ def _target(path: str) -> str:
 
 
 def _lines(headers: Mapping[str, str]) -> str:
-    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    return "\r\n".join(map(": ".join, headers.items()))
 
 
 def _head(method: str, route: _Route, headers: Mapping[str, str], body: bytes | None) -> bytes:
     own = route.lines
     if not _USUAL_HEADERS.issuperset(headers):
         own = _own_lines(route, headers)
-    lines = _lines(headers)
-    if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
+    lines = "\r\n".join([own, *map(": ".join, headers.items())])
+    breaks = own.count("\n") + len(headers)
+    if lines.count("\n") != breaks or lines.count("\r") != breaks:
         raise ConfigurationError("a header has a line break in it, and cannot be sent")
     length = "" if body is None else f"Content-Length: {len(body)}\r\n"
     try:
-        return f"{method} {route.target} HTTP/1.1\r\n{own}{lines}{length}\r\n".encode()
+        return f"{method} {route.target} HTTP/1.1\r\n{lines}\r\n{length}\r\n".encode()
     except UnicodeEncodeError as error:
         raise ConfigurationError(f"a header cannot be sent: {error.reason}") from None
 

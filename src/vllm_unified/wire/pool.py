@@ -34,10 +34,10 @@ class Pool:
         """A connection that is idle, if there is one."""
         idle = self._idle
         if idle:
-            oldest = self._loop.time() - self._idle_seconds
+            now, longest = self._loop.time(), self._idle_seconds
             while idle:
                 connection = idle.pop()
-                if connection.is_usable(oldest):
+                if connection.is_usable(now, longest):
                     return connection
                 connection.abort()
         return None

@@ -72,11 +72,12 @@ class RequestTemplate:
     Parameters are checked and encoded once, which is most of what a request costs.
     """
 
-    __slots__ = ("_asked_for", "_beginning", "_like", "_start")
+    __slots__ = ("_asked_for", "_beginning", "_is_chat", "_like", "_start")
 
     def __init__(self, like: WireRequest, beginning: bytes) -> None:
         self._like = like
         self._beginning = beginning
+        self._is_chat = like.is_chat
         self._start = len(beginning)
         self._asked_for = like.tokens - len(like.body or b"") // 4
 
@@ -104,7 +105,7 @@ class RequestTemplate:
             BadRequestError: it cannot be sent.
         """
         like = self._like
-        if like.is_chat:
+        if self._is_chat:
             _check_messages(value)
         elif not isinstance(value, str) and not _are_token_ids(value):
             raise _no_prompt(value)
@@ -235,18 +236,19 @@ def chat_request(
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     _check_messages(messages)
-    body = {**params, "messages": messages}
+    body = dict(params)
     if structure is not None:
         if body.get("response_format") is not None:
             raise BadRequestError("give response_model or response_format, not both")
         body["response_format"] = structure.response_format
     if body.get("tools") == []:
         del body["tools"]
+    body["messages"] = messages  # last, where a template looks for them
     return _build(CHAT, body, prompts=1, stream=stream, structure=structure)
 
 
 def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, Sequence) or not messages:
+    if not messages or not (type(messages) is list or isinstance(messages, Sequence)):
         raise BadRequestError(
             "messages must be a list with at least one message",
             hint='For example [{"role": "user", "content": "Hello"}].',

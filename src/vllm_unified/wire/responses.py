@@ -6,6 +6,7 @@ The structs here have the shape of vLLM's JSON; what callers get is in ``results
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -25,6 +26,7 @@ from vllm_unified.results import (
 )
 from vllm_unified.wire.failures import error_in_body
 from vllm_unified.wire.requests import EMBEDDINGS, WireRequest
+from vllm_unified.wire.structure import OutputStructure
 
 T = TypeVar("T")
 R = TypeVar("R", bound=GenerationResult)
@@ -153,17 +155,26 @@ def decode_wire(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 def decode_generation(body: bytes, metadata: ResultMetadata) -> GenerationResult:
     """The answer of ``/v1/completions``."""
-    return _decode(GenerationResult, body, metadata)
+    return _decode(GenerationResult, None, 1, body, metadata)
 
 
 def decode_chat(body: bytes, metadata: ResultMetadata) -> ChatResult[Any]:
     """The answer of ``/v1/chat/completions``; ``parsed`` is not filled in."""
-    return _decode(ChatResult, body, metadata)
+    return _decode(ChatResult, None, 1, body, metadata)
 
 
-def _decode(kind: type[R], body: bytes, metadata: ResultMetadata) -> R:
-    wire, choices = _decode_choices(body)
-    return kind(
+def _decode(
+    kind: type[R],
+    structure: OutputStructure | None,
+    wanted: int,
+    body: bytes,
+    metadata: ResultMetadata,
+) -> R:
+    wire = decode_wire(body, _GENERATION)
+    if wire.error is not _NO_ERROR:
+        raise_reported_error(wire)
+    choices = _choices(wire, body)
+    result = kind(
         id=wire.id or "",
         model=wire.model or "",
         created=wire.created or 0,
@@ -173,6 +184,12 @@ def _decode(kind: type[R], body: bytes, metadata: ResultMetadata) -> R:
         metadata=metadata,
         body=body,
     )
+    if structure is not None:
+        parsed = structure.parse(result.text, finish_reason=result.finish_reason)
+        result = msgspec.structs.replace(result, parsed=parsed)
+    if len(choices) < wanted:
+        raise ProtocolError(f"the answer has {len(choices)} choices in place of {wanted}")
+    return result
 
 
 def answer_decoder(request: WireRequest) -> Callable[[bytes, ResultMetadata], Any]:
@@ -186,31 +203,11 @@ def generation_decoder(
     request: WireRequest,
 ) -> Callable[[bytes, ResultMetadata], GenerationResult]:
     """What decodes the answer to this request, its ``response_model`` included."""
-    structure = request.structure
-
-    def decode(body: bytes, metadata: ResultMetadata) -> GenerationResult:
-        if not request.is_chat:
-            return _counted(decode_generation(body, metadata), request)
-        result = decode_chat(body, metadata)
-        if structure is not None:
-            parsed = structure.parse(result.text, finish_reason=result.finish_reason)
-            result = msgspec.structs.replace(result, parsed=parsed)
-        return _counted(result, request)
-
-    return decode
+    kind = ChatResult if request.is_chat else GenerationResult
+    return partial(_decode, kind, request.structure, request.choices)
 
 
-def _counted(result: GenerationResult, request: WireRequest) -> GenerationResult:
-    if len(result.choices) < request.choices:
-        raise ProtocolError(
-            f"the answer has {len(result.choices)} choices in place of {request.choices}"
-        )
-    return result
-
-
-def _decode_choices(body: bytes) -> tuple[WireGeneration, tuple[Choice, ...]]:
-    wire = decode_wire(body, _GENERATION)
-    raise_reported_error(wire)
+def _choices(wire: WireGeneration, body: bytes) -> tuple[Choice, ...]:
     if not wire.choices:
         start = body[:120].decode("utf-8", "replace")
         raise ProtocolError(f"the answer has no choices; it begins {start!r}")
@@ -222,7 +219,7 @@ def _decode_choices(body: bytes) -> tuple[WireGeneration, tuple[Choice, ...]]:
         if choice.finish_reason == "abort":
             raise GenerationAbortedError("the server aborted the generation")
         choices.append(_choice(choice, wire.prompt_token_ids))
-    return wire, tuple(choices)
+    return tuple(choices)
 
 
 def raise_reported_error(wire: WireGeneration) -> None:
@@ -241,8 +238,8 @@ def _choice(wire: WireChoice, prompt_token_ids: tuple[int, ...] | None) -> Choic
         finish_reason=wire.finish_reason,
         stop_reason=wire.stop_reason,
         reasoning=None if message is None else message.reasoning or message.reasoning_content,
-        tool_calls=() if message is None else _tool_calls(message),
-        logprobs=logprobs_of(wire.logprobs),
+        tool_calls=() if message is None or not message.tool_calls else _tool_calls(message),
+        logprobs=None if wire.logprobs is None else logprobs_of(wire.logprobs),
         token_ids=wire.token_ids,
         prompt_token_ids=wire.prompt_token_ids or prompt_token_ids,
     )
