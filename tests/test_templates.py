@@ -19,14 +19,15 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 
 def call(
     templates: Templates, where: str = "fleet", **params: Any
-) -> tuple[Settings, WireRequest] | None:
+) -> tuple[WireRequest, Settings] | None:
     response_model = params.pop("response_model", None)
-    return templates.call(
+    made = templates.call(
         where, SETTINGS, "messages", MESSAGES, params, response_model=response_model
     )
+    return None if made is None else made[:2]
 
 
-def third(**params: Any) -> tuple[Settings, WireRequest] | None:
+def third(**params: Any) -> tuple[WireRequest, Settings] | None:
     """The last of three calls that are alike."""
     templates = Templates()
     call(templates, **params)
@@ -49,7 +50,7 @@ def test_they_are_what_they_are_without_a_template(params: dict[str, Any]) -> No
 
     made = third(**params)
 
-    assert made == (settings, chat_request(MESSAGES, fields))
+    assert made == (chat_request(MESSAGES, fields), settings)
 
 
 def test_the_first_of_its_kind_gets_none() -> None:
@@ -77,7 +78,7 @@ def test_equal_numbers_of_other_types_are_not_alike(other: object) -> None:
     made = call(templates, top_k=other)
 
     assert made is not None
-    assert type(msgspec.json.decode(made[1].body or b"")["top_k"]) is type(other)
+    assert type(msgspec.json.decode(made[0].body or b"")["top_k"]) is type(other)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_a_type_is_made_a_schema_of_once() -> None:
     result = third(response_model=Model)
 
     assert result is not None
-    assert result[1].structure is not None
+    assert result[0].structure is not None
     assert made == ["schema"]
 
 

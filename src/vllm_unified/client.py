@@ -245,9 +245,9 @@ class AsyncVllmUnified(Batching, Management):
             settings, fields = call_arguments(
                 fleet.settings, generation_fields(data), model, options, params
             )
-            made = settings, generation_request(fields)
-        settings, request = made
-        return await fleet.send(request, settings, responses.generation_decoder(request))
+            request = generation_request(fields)
+            made = request, settings, responses.generation_decoder(request)
+        return await fleet.send(*made)
 
     async def generate(self, prompt: Prompt, **params: Any) -> GenerationResult:
         """Generate at the default server; see :meth:`make_request`."""
@@ -303,9 +303,8 @@ class AsyncVllmUnified(Batching, Management):
         Raises:
             OutputValidationError: the answer is not a ``response_model``; has the text.
         """
-        fleet, settings, request = self._chat_call(messages, options, params, response_model)
-        decode: Decode[Any] = responses.generation_decoder(request)
-        result: ChatResult[Any] = await fleet.send(request, settings, decode)
+        fleet, made = self._chat_call(messages, options, params, response_model)
+        result: ChatResult[Any] = await fleet.send(*made)
         return result
 
     def stream_generation(
@@ -369,7 +368,7 @@ class AsyncVllmUnified(Batching, Management):
         **params: Any,
     ) -> GenerationStream[ChatResult[Any]]:
         """Chat piece by piece; arguments as for :meth:`chat`."""
-        fleet, settings, request = self._chat_call(
+        fleet, (request, settings, _) = self._chat_call(
             messages, options, params, response_model, stream=True
         )
         return GenerationStream(fleet, request, settings)
@@ -610,7 +609,7 @@ class AsyncVllmUnified(Batching, Management):
         response_model: Any,
         *,
         stream: bool = False,
-    ) -> tuple[Fleet, Settings, WireRequest]:
+    ) -> tuple[Fleet, tuple[WireRequest, Settings, Decode[Any]]]:
         where = params.pop("endpoint_url", None) or (options or {}).get("endpoint_url")
         fleet = self._route(where)
         if isinstance(messages, str):
@@ -620,12 +619,12 @@ class AsyncVllmUnified(Batching, Management):
                 fleet, fleet.settings, "messages", messages, params, response_model=response_model
             )
             if made is not None:
-                return fleet, *made
+                return fleet, made
         settings, fields = call_arguments(fleet.settings, {}, None, options, params)
         fields.pop("endpoint_url", None)
         structure = None if response_model is None else output_structure(response_model)
         request = chat_request(messages, fields, stream=stream, structure=structure)
-        return fleet, settings, request
+        return fleet, (request, settings, responses.generation_decoder(request))
 
 
 def _make_transport(settings: Settings) -> Transport:

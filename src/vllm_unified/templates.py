@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from vllm_unified.arguments import call_arguments
+from vllm_unified.results import ResultMetadata
 from vllm_unified.settings import Settings
 from vllm_unified.wire.requests import RequestTemplate, WireRequest
-from vllm_unified.wire.structure import output_structure
+from vllm_unified.wire.responses import generation_decoder
+from vllm_unified.wire.structure import OutputStructure, output_structure
 
 _MOST = 64
 """Templates that are remembered; then it begins anew."""
@@ -18,10 +20,21 @@ _PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
 class CallTemplate(msgspec.Struct, frozen=True):
-    """What calls have in common: their settings, and their requests but for one field."""
+    """What calls have in common: all but one field of their requests."""
 
     requests: RequestTemplate
     settings: Settings
+    decode: Callable[[bytes, ResultMetadata], Any]
+
+    @classmethod
+    def of(
+        cls, settings: Settings, fields: Mapping[str, Any], structure: OutputStructure | None
+    ) -> CallTemplate | None:
+        """As :meth:`RequestTemplate.of`."""
+        requests = RequestTemplate.of(fields, structure=structure)
+        if requests is None:
+            return None
+        return cls(requests, settings, generation_decoder(requests.like))
 
 
 class Templates:
@@ -47,8 +60,9 @@ class Templates:
         *,
         model: str | None = None,
         response_model: Any = None,
-    ) -> tuple[Settings, WireRequest] | None:
-        """Settings and request of a call; ``None`` where it is none of those that are alike.
+    ) -> tuple[WireRequest, Settings, Callable[[bytes, ResultMetadata], Any]] | None:
+        """Request and settings of a call, and what decodes its answer; ``None`` where it is none of
+        those that are alike.
 
         Args:
             where: What ``settings`` are of, and always the same.
@@ -77,7 +91,7 @@ class Templates:
             if template is None:
                 return None
             self._known[key] = template
-        return template.settings, template.requests.request(value)
+        return template.requests.request(value), template.settings, template.decode
 
 
 def _template(
@@ -90,5 +104,4 @@ def _template(
 ) -> CallTemplate | None:
     settings, fields = call_arguments(settings, {}, model, None, params)
     structure = None if response_model is None else output_structure(response_model)
-    requests = RequestTemplate.of({**fields, name: value}, structure=structure)
-    return None if requests is None else CallTemplate(requests, settings)
+    return CallTemplate.of(settings, {**fields, name: value}, structure)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
 from vllm_unified.arguments import call_arguments
 from vllm_unified.batch.packing import most_in_a_pack
+from vllm_unified.results import ResultMetadata
 from vllm_unified.settings import Settings
 from vllm_unified.templates import CallTemplate
 from vllm_unified.wire.requests import (
@@ -19,6 +20,7 @@ from vllm_unified.wire.requests import (
     generation_fields,
     generation_request,
 )
+from vllm_unified.wire.responses import answer_decoder
 from vllm_unified.wire.structure import OutputStructure, output_structure
 
 BATCH_TIMEOUT = 300.0
@@ -40,6 +42,8 @@ class PromptRequest(msgspec.Struct, frozen=True):
 
     request: WireRequest
     settings: Settings
+    decode: Callable[[bytes, ResultMetadata], Any]
+    """What makes a result of its answer."""
     own_model: bool = False
     """Whether the prompt itself names its model."""
     template: RequestTemplate | None = None
@@ -92,6 +96,7 @@ class RequestMaker:
             return PromptRequest(
                 template.requests.request(prompt),
                 template.settings,
+                template.decode,
                 template=None if joins is None else joins.requests,
                 is_text=isinstance(prompt, str),
             )
@@ -100,8 +105,10 @@ class RequestMaker:
         settings, fields, structure = self._call(own, own_model=own_model)
         if self._embeddings and "input" in fields:
             data, model = fields.pop("input"), fields.pop("model", None)
-            return PromptRequest(embedding_request(data, model, fields), settings, own_model)
-        return PromptRequest(generation_request(fields, structure=structure), settings, own_model)
+            request = embedding_request(data, model, fields)
+        else:
+            request = generation_request(fields, structure=structure)
+        return PromptRequest(request, settings, answer_decoder(request), own_model)
 
     def _most_in_a_pack(self) -> int:
         shared = self._shared
@@ -121,8 +128,7 @@ class RequestMaker:
 
     def _template(self, name: str, value: Any) -> CallTemplate | None:
         settings, fields, structure = self._call({name: value}, own_model=False)
-        requests = RequestTemplate.of(fields, structure=structure)
-        return None if requests is None else CallTemplate(requests, settings)
+        return CallTemplate.of(settings, fields, structure)
 
     def _call(
         self, own: Mapping[str, Any], *, own_model: bool

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import time
 from itertools import count
 from random import random
+from typing import Any
 
 from vllm_unified.batch.answer import BatchAnswer
 from vllm_unified.batch.errors import BatchStoppedError
@@ -25,7 +27,7 @@ from vllm_unified.errors import (
     ProtocolError,
     VllmError,
 )
-from vllm_unified.fleet.fleet import Fleet
+from vllm_unified.fleet.fleet import Decode, Fleet
 from vllm_unified.results import GenerationResult
 from vllm_unified.settings import Settings
 from vllm_unified.wire.requests import WireRequest
@@ -40,6 +42,8 @@ under way. One slow answer holds back all that come after it."""
 _PROBE_SECONDS = 10.0
 _LOOK_AGAIN = 0.005
 """Seconds. A timer may ring a moment before what it is for is due."""
+_COUNT_AGAIN = 0.01
+"""Seconds. Sixteen servers are not asked for each prompt how many requests they take now."""
 _LONG_TROUBLE = 1.0
 """Seconds after which the end of trouble is the end of an outage."""
 
@@ -73,6 +77,9 @@ class BatchRun:
         """Was read for a pack, and did not fit in."""
         self._counter = Counter()
         self._workers: set[asyncio.Task[None]] = set()
+        self._capacity = self._hands = 0
+        """How many requests the servers take, and how many workers there may be."""
+        self._counted_at = -math.inf
         self._sending = 0
         """Prompts that are being sent, or answered."""
         self._again: list[tuple[float, int, Pack]] = []
@@ -152,17 +159,20 @@ class BatchRun:
 
     # Workers
 
-    @property
-    def _hands(self) -> int:
-        """How many workers there may be. One takes up its next prompt in the moment in which the
+    def _count_hands(self, now: float) -> None:
+        """As many workers as requests: one takes up its next prompt in the moment in which the
         last is answered, so that none has to wait in line."""
-        capacity = self._fleet.capacity
-        return capacity if self._pack.size == 1 else max(1, capacity // self._pack.size)
+        self._counted_at = now
+        self._capacity = self._fleet.capacity
+        size = self._pack.size
+        self._hands = self._capacity if size == 1 else max(1, self._capacity // size)
 
     def _begin(self) -> None:
         self._begun = True
-        self._counter.begin(time.monotonic())
+        now = time.monotonic()
+        self._counter.begin(now)
         self._fleet.widen(self._source.size)
+        self._count_hands(now)
         self._source.begin(self._arrived)
         self._hire()
 
@@ -195,7 +205,7 @@ class BatchRun:
             return True
         if source.is_empty or source.waits or self._failure is not None:
             return False
-        hands = self._fleet.capacity
+        hands = self._capacity
         if len(self._again) >= hands:
             return False
         outbox = self._outbox
@@ -207,9 +217,14 @@ class BatchRun:
 
     async def _work(self) -> None:
         while (pack := self._take()) is not None:
-            self._hire()
+            if len(self._workers) < self._hands:
+                self._hire()
             if len(pack.works) == 1:
-                await self._send_one(pack)
+                work = pack.works[0]
+                prompt = work.prompt
+                result = await self._send(pack, prompt.request, prompt.settings, prompt.decode)
+                if result is not None:
+                    self._answered(work, result, time.monotonic() - pack.began)
             else:
                 await self._send_several(pack)
             if len(self._workers) > self._hands:
@@ -220,6 +235,8 @@ class BatchRun:
         now = time.monotonic()
         if self._ended or self._patience.is_over(now):
             return None
+        if now - self._counted_at >= _COUNT_AGAIN:
+            self._count_hands(now)
         if self._is_due(now):
             return heapq.heappop(self._again)[2]
         first = self._read()
@@ -255,19 +272,12 @@ class BatchRun:
                 self._deliver_error(index, error, tries=0)
         return None
 
-    async def _send_one(self, pack: Pack) -> None:
-        work = pack.works[0]
-        prompt = work.prompt
-        result = await self._send(pack, prompt.request, prompt.settings)
-        if result is not None:
-            self._answered(work, result, time.monotonic() - pack.began)
-
     async def _send_several(self, pack: Pack) -> None:
         works = pack.works
         first = works[0].prompt
         assert first.template is not None
         request = first.template.joined([work.prompt.request for work in works])
-        packed = await self._send(pack, request, first.settings)
+        packed = await self._send(pack, request, first.settings, answer_decoder(request))
         if packed is None:
             return
         results = own_results(packed, len(works))
@@ -282,7 +292,7 @@ class BatchRun:
             self._answered(work, result, duration)
 
     async def _send(
-        self, pack: Pack, request: WireRequest, settings: Settings
+        self, pack: Pack, request: WireRequest, settings: Settings, decode: Decode[Any]
     ) -> GenerationResult | None:
         """The answer; ``None`` if it failed, which was then seen to."""
         works = pack.works
@@ -292,9 +302,7 @@ class BatchRun:
         again = works[0].tries > 1
         self._sending += len(works)
         try:
-            result: GenerationResult = await self._fleet.send(
-                request, settings, answer_decoder(request)
-            )
+            result: GenerationResult = await self._fleet.send(request, settings, decode)
         except VllmError as error:
             self._sending -= len(works)
             self._counter.sent(len(error.attempts), again=again)

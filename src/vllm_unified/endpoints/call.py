@@ -83,8 +83,8 @@ class Call:
         headers = {**endpoint.headers, "X-Request-Id": self.request_id}
         if self.request.body is not None:
             headers["Content-Type"] = "application/json"
-        own = {**endpoint.settings.headers, **self.settings.headers}
-        if own:
+        if endpoint.settings.headers or self.settings.headers:
+            own = {**endpoint.settings.headers, **self.settings.headers}
             lower = {name.lower() for name in own}
             headers = {name: value for name, value in headers.items() if name.lower() not in lower}
             headers.update(own)

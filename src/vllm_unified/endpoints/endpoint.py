@@ -7,9 +7,9 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from random import random
-from typing import Literal, NoReturn, TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -24,7 +24,7 @@ from vllm_unified.errors import AttemptTimeoutError, ConnectError, VllmError
 from vllm_unified.events import CircuitClosedEvent, CircuitHalfOpenEvent, CircuitOpenEvent, Events
 from vllm_unified.results import ModelCard, ResultMetadata
 from vllm_unified.wire.failures import error_in_answer
-from vllm_unified.wire.requests import with_model
+from vllm_unified.wire.requests import WireRequest, with_model
 from vllm_unified.wire.transport import Response, Transport
 
 T = TypeVar("T")
@@ -171,38 +171,35 @@ class Endpoint:
         Raises:
             VllmError: no connection, or another status.
         """
-        request = call.request
-        if self.aliases and request.model in self.aliases:
-            return await self._open_renamed(call, self.aliases[request.model])
-        response = await self._send(call, request.body)
-        return response if 200 <= response.status < 300 else await self._refused(call, response)
-
-    async def _open_renamed(self, call: Call, name: str) -> Response:
-        self.renamed[name] += 1
+        request, url, body = call.request, self.url, call.request.body
+        name = self.aliases.get(request.model or "") if self.aliases else None
+        if name is not None:
+            self.renamed[name] += 1
+            body = with_model(request, name)
         try:
-            response = await self._send(call, with_model(call.request, name))
-            return response if 200 <= response.status < 300 else await self._refused(call, response)
+            response = await self._transport.open(
+                request.method,
+                f"{url}:{request.path}" if url.startswith("unix://") else url + request.path,
+                headers=call.headers(self),
+                body=body,
+            )
+            if 200 <= response.status < 300:
+                return response
+            raise await self._error(request, response)
         finally:
-            self.renamed[name] -= 1
+            if name is not None:
+                self.renamed[name] -= 1
 
-    def _send(self, call: Call, body: bytes | None) -> Awaitable[Response]:
-        request, url = call.request, self.url
-        return self._transport.open(
-            request.method,
-            f"{url}:{request.path}" if url.startswith("unix://") else url + request.path,
-            headers=call.headers(self),
-            body=body,
-        )
-
-    async def _refused(self, call: Call, response: Response) -> NoReturn:
-        request, words = call.request, b""
+    async def _error(self, request: WireRequest, response: Response) -> VllmError:
+        """What the server says with another status."""
+        words = b""
         try:
             # The status says what is wrong, also where the words after it cannot be read.
             with contextlib.suppress(VllmError):
                 words = await response.read(MAX_ERROR_BYTES)
         finally:
             response.close()
-        raise error_in_answer(
+        return error_in_answer(
             response.status, response.headers, words, path=f"{request.method} {request.path}"
         )
 
@@ -356,13 +353,16 @@ class Slot:
         if not self._is_proven:
             self.prove(now)
         endpoint, token = self.endpoint, self._token
-        if token is not None:
-            self._acquit(token)
+        self._token = None
+        if token is not None and endpoint.breaker.succeed(token):
+            endpoint.limit.restart()
         endpoint.succeeded_at = now
         endpoint.limit.on_success(in_flight=endpoint.in_flight, work=float(tokens or 1), now=now)
         if self._quota is not None and endpoint.quota is not None:
             endpoint.quota.settle(self._quota, tokens + prompt_tokens)
-        self._release()
+        self._held = False
+        endpoint.in_flight -= 1
+        endpoint.watch()
 
     def fail(self, error: VllmError, now: float) -> None:
         """The attempt failed; what that says about the endpoint is in the error's class."""

@@ -72,10 +72,11 @@ class RequestTemplate:
     Parameters are checked and encoded once, which is most of what a request costs.
     """
 
-    __slots__ = ("_asked_for", "_beginning", "_is_chat", "_like", "_start")
+    __slots__ = ("_asked_for", "_beginning", "_is_chat", "_start", "like")
 
     def __init__(self, like: WireRequest, beginning: bytes) -> None:
-        self._like = like
+        self.like = like
+        """What it was made of."""
         self._beginning = beginning
         self._is_chat = like.is_chat
         self._start = len(beginning)
@@ -104,7 +105,7 @@ class RequestTemplate:
         Raises:
             BadRequestError: it cannot be sent.
         """
-        like = self._like
+        like = self.like
         if self._is_chat:
             _check_messages(value)
         elif not isinstance(value, str) and not _are_token_ids(value):
@@ -126,7 +127,7 @@ class RequestTemplate:
     def joined(self, requests: Sequence[WireRequest]) -> WireRequest:
         """One request for the prompts of these, which this template has made: all text, or all
         token ids. Its answer has the token ids of each."""
-        like = self._like
+        like = self.like
         prompts = b",".join([(request.body or b"")[self._start : -1] for request in requests])
         body = b'{"return_token_ids":true,' + self._beginning[1:] + b"[" + prompts + b"]}"
         return WireRequest(
