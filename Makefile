@@ -27,7 +27,8 @@ test: lint $(VENV)/.ray  ## All tests, those on a real vLLM included; what CI ru
 	@$(MAKE) --no-print-directory wheel
 
 quick: $(VENV)/.dev  ## All tests that need no vLLM and start no programs, in seconds
-	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not live and not resilience and not processes and not ray"
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal --hypothesis-profile quick \
+	  -m "not live and not resilience and not processes and not ray"
 
 processes: $(VENV)/.dev  ## The tests that start programs: servers with a fake engine, terminals
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m "processes and not live"
