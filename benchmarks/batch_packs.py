@@ -1,10 +1,10 @@
 """Whether packs pay on a real vLLM of this machine: short prompts, one token each.
 
-    python benchmarks/batch_packs.py [--prompts 400] [--rounds 3]
+    python benchmarks/batch_packs.py [--prompts 200] [--rounds 6]
 
-One prompt to a request, eight, and what the batch finds by itself take turns, each with prompts
-of their own beginning, so that no cache of prefixes helps. Prompts per second. It takes an engine
-(``vllm-unified engine install``).
+One prompt to a request, eight, and what the batch finds by itself take turns, each as often first
+as last, with prompts of their own beginning, so that no cache of prefixes helps. Prompts per
+second. It takes an engine (``vllm-unified engine install``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ async def measure(prompts: int, rounds: int) -> dict[str, list[float]]:
     ):
         await vllm.batch(_prompts("first", prompts), **PARAMS)
         for number in range(rounds):
-            for way, options in WAYS.items():
+            turn = number % len(WAYS)
+            for way, options in [*WAYS.items()][turn:] + [*WAYS.items()][:turn]:
                 texts = _prompts(f"{number} {way}", prompts)
                 started = time.perf_counter()
                 await vllm.batch(texts, **PARAMS, **options)
@@ -47,8 +48,8 @@ def _prompts(beginning: str, count: int) -> list[str]:
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args()
     found = asyncio.run(measure(options.prompts, options.rounds))
     print(f"\n{'way':10} {'prompts/s':>10}   lowest and highest")
