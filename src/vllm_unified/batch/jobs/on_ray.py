@@ -53,6 +53,12 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """What ``create_endpoint`` takes."""
     patience: float | None
 
+    def fleet(self) -> Fleet:
+        """A client of its own, for the event loop that runs."""
+        directory = Directory(self.settings, None, HttpTransport)
+        members = [directory.create_endpoint(None, each) for each in self.endpoints]
+        return directory.create_fleet(members, {}, {})
+
 
 def recipe(fleet: Fleet, patience: float | None, workers: int) -> Recipe:
     """Of a fleet, of which each of so many workers gets its share: together they have no more in
@@ -120,9 +126,7 @@ class BatchWorker:
 
     def _connect(self) -> Fleet:
         """On the first call, for a client belongs to its event loop."""
-        directory = Directory(self._made_of.settings, None, HttpTransport)
-        members = [directory.create_endpoint(None, each) for each in self._made_of.endpoints]
-        self._fleet = directory.create_fleet(members, {}, {})
+        self._fleet = self._made_of.fleet()
         return self._fleet
 
 
@@ -200,7 +204,7 @@ class RayStream:
 
     async def _run(self) -> None:
         try:
-            self._join()
+            self._own_cluster = join_cluster(self._address)
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._workers):
                     group.create_task(self._employ())
@@ -214,19 +218,6 @@ class RayStream:
         finally:
             if not asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 await self._answers.put(None)
-
-    def _join(self) -> None:
-        if ray.is_initialized():
-            return
-        try:
-            _knock(self._address)
-            ray.init(self._address, log_to_driver=False, logging_level="ERROR")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigurationError(
-                f"there is no Ray cluster at {self._address!r}: {error}",
-                hint="'auto' is the one of this machine, 'local' makes one, HOST:PORT is another.",
-            ) from error
-        self._own_cluster = True
 
     async def _employ(self) -> None:
         """A worker, and its replacements, until there is nothing to do, or it reaches no server."""
@@ -318,6 +309,25 @@ class RayStream:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+def join_cluster(address: str) -> bool:
+    """Become a part of a cluster; whether that is new, and has to be left.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    if ray.is_initialized():
+        return False
+    try:
+        _knock(address)
+        ray.init(address, log_to_driver=False, logging_level="ERROR")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"there is no Ray cluster at {address!r}: {error}",
+            hint="'auto' is the one of this machine, 'local' makes one, HOST:PORT is another.",
+        ) from error
+    return True
 
 
 def _knock(address: str) -> None:
