@@ -136,6 +136,7 @@ class Batching:
             BadRequestError: a parameter is wrong; nothing was sent.
             JobStoppedError: servers or disk failed; what is done is kept.
         """
+        from vllm_unified.batch.folders.place import is_folder
         from vllm_unified.batch.jobs.job import run_job
         from vllm_unified.batch.jobs.plan import Job
         from vllm_unified.batch.jobs.question import Asking
@@ -165,6 +166,18 @@ class Batching:
             strict=strict,
             ledger=None if ledger is None else os.fspath(ledger),
         )
+
+        if ray is not None and is_folder(job.input):
+            from vllm_unified.batch.folders.job import run_folder_job
+            from vllm_unified.batch.jobs.on_ray import recipe
+
+            return await run_folder_job(
+                job,
+                recipe(fleet, patience, ray_workers),
+                address=ray,
+                actors=ray_workers,
+                on_progress=on_progress,
+            )
 
         def ask(
             prompts: AsyncIterator[GenerationInput], shared: Mapping[str, Any], pack: int | None
