@@ -12,7 +12,7 @@ from vllm_unified.batch.runner import BatchRun
 from vllm_unified.batch.source import Prompts, Source
 from vllm_unified.batch.stream import BatchStream
 from vllm_unified.batch.texts import BatchResult, OnError, collect_texts
-from vllm_unified.errors import VllmError
+from vllm_unified.errors import ConfigurationError, VllmError
 from vllm_unified.fleet.directory import Directory
 from vllm_unified.fleet.fleet import Fleet
 from vllm_unified.wire.requests import GenerationInput
@@ -167,7 +167,12 @@ class Batching:
             ledger=None if ledger is None else os.fspath(ledger),
         )
 
-        if ray is not None and is_folder(job.input):
+        if is_folder(job.input):
+            if ray is None:
+                raise ConfigurationError(
+                    f"{job.input} is a folder, and those take a Ray cluster",
+                    hint="ray='local' (--ray local) makes one on this machine.",
+                )
             from vllm_unified.batch.folders.job import run_folder_job
             from vllm_unified.batch.jobs.on_ray import recipe
 

@@ -32,6 +32,7 @@ from vllm_unified.batch.requests import RequestMaker
 from vllm_unified.errors import BatchFileError, ConfigurationError, VllmError
 
 import ray  # isort: skip
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # isort: skip
 
 _LOOK_SECONDS = 0.5
 _LEAVE_SECONDS = 30.0
@@ -127,9 +128,8 @@ def _format(name: str | None) -> Format | None:
 
 async def _take_hold(plan: FolderPlan) -> Any:
     """The actor that runs the pipeline; there is one for each output."""
-    actor = ray.remote(Pipeline).options(
-        num_cpus=0, name=f"batch {plan.output.path}", namespace=_NAMESPACE
-    )
+    name = f"batch {plan.output.path}"
+    actor = ray.remote(Pipeline).options(**_beside_us(), name=name, namespace=_NAMESPACE)
     until = time.monotonic() + _LEAVE_SECONDS
     while True:
         try:
@@ -140,6 +140,13 @@ async def _take_hold(plan: FolderPlan) -> Any:
                     f"another job on this cluster writes to {plan.output.name}"
                 ) from None
             await asyncio.sleep(_LOOK_SECONDS)
+
+
+def _beside_us() -> dict[str, Any]:
+    """Options of an actor on this node, if it can be: it is lost with us only."""
+    node = ray.get_runtime_context().get_node_id()
+    strategy = NodeAffinitySchedulingStrategy(node, soft=True)
+    return {"num_cpus": 0, "scheduling_strategy": strategy}
 
 
 class _Run:
@@ -268,7 +275,7 @@ class _Run:
         )
 
     async def _ask(self, work: Work) -> None:
-        tally = ray.remote(Tally).options(num_cpus=0).remote()
+        tally = ray.remote(Tally).options(**_beside_us()).remote()
         running = asyncio.ensure_future(self._call(self._pipeline.run.remote(work, tally)))
         stopped: VllmError | None = None
         try:
@@ -294,6 +301,10 @@ class _Run:
                 raise cause from None
             first = str(cause).partition("\n")[0]
             failure = BatchFileError(f"the pipeline failed: {type(cause).__name__}: {first}")
+            self._counts = self._done()
+            raise self._stopped(failure) from error
+        except ray.exceptions.RayActorError as error:
+            failure = BatchFileError("the actor that runs the pipeline is lost")
             self._counts = self._done()
             raise self._stopped(failure) from error
 

@@ -126,7 +126,10 @@ class Pipeline:
         context.checkpoint_config = config
         least, most = _PART_ROWS
         rows = min(max(work.rows // (work.actors * _PARTS_OF_ACTOR), least), most)
-        dataset = ray.data.read_datasource(RowsDatasource(work))
+        # Without a number, Ray cuts what little there is into a block for each CPU.
+        dataset = ray.data.read_datasource(
+            RowsDatasource(work), override_num_blocks=len(work.files)
+        )
         dataset = dataset.repartition(target_num_rows_per_block=rows).map_batches(
             Asker,
             batch_size=None,
