@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import urllib.request
 from collections.abc import Iterator
 
 import psutil
@@ -52,3 +53,11 @@ def processes(name: str) -> list[psutil.Process]:
     """Actors of that class, on this machine."""
     found = psutil.process_iter(["name", "cmdline"])
     return [each for each in found if name in " ".join(each.info["cmdline"] or ())]
+
+
+def gauge(url: str, name: str, *, without: str = "abort") -> float:
+    """A figure of a server's metrics, over all labels but those that have this word in them."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as page:
+        lines = page.read().decode().splitlines()
+    found = [line for line in lines if line.startswith(name) and without not in line]
+    return sum(float(line.rpartition(" ")[2]) for line in found)

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from tests.ray.conftest import processes
+from tests.ray.conftest import gauge, processes
 from tests.resilience import jobs
 from tests.resilience.servers import Servers
 from tests.support.waiting import until
@@ -92,14 +91,9 @@ def lines(output: Path) -> list[str]:
 
 
 def asked(servers: Servers) -> float:
-    """Prompts that the servers have answered."""
-    total = 0.0
-    for url in servers.urls:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as page:
-            for line in page.read().decode().splitlines():
-                if line.startswith("vllm:request_success_total") and "abort" not in line:
-                    total += float(line.rpartition(" ")[2])
-    return total
+    """Prompts that the servers have answered, when they have nothing more to do."""
+    until(lambda: not any(gauge(url, "vllm:num_requests_running") for url in servers.urls), 60)
+    return sum(gauge(url, "vllm:request_success_total") for url in servers.urls)
 
 
 def at_row(number: int, do: Callable[[], object]) -> Callable[[BatchProgress], None]:

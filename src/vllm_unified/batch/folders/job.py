@@ -25,14 +25,13 @@ from vllm_unified.batch.folders.survey import Survey, schema_of, together
 from vllm_unified.batch.jobs.fingerprint import as_noted, check_same
 from vllm_unified.batch.jobs.job import OnProgress
 from vllm_unified.batch.jobs.ledger import Counts, Outcome
-from vllm_unified.batch.jobs.on_ray import Recipe, join_cluster
+from vllm_unified.batch.jobs.on_ray import Recipe, beside_us, join_cluster
 from vllm_unified.batch.jobs.plan import Job, Settled, shared_params
 from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary, JobStoppedError
 from vllm_unified.batch.requests import RequestMaker
 from vllm_unified.errors import BatchFileError, ConfigurationError, VllmError
 
 import ray  # isort: skip
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # isort: skip
 
 _LOOK_SECONDS = 0.5
 _LEAVE_SECONDS = 30.0
@@ -129,7 +128,7 @@ def _format(name: str | None) -> Format | None:
 async def _take_hold(plan: FolderPlan) -> Any:
     """The actor that runs the pipeline; there is one for each output."""
     name = f"batch {plan.output.path}"
-    actor = ray.remote(Pipeline).options(**_beside_us(), name=name, namespace=_NAMESPACE)
+    actor = ray.remote(Pipeline).options(**beside_us(), name=name, namespace=_NAMESPACE)
     until = time.monotonic() + _LEAVE_SECONDS
     while True:
         try:
@@ -140,13 +139,6 @@ async def _take_hold(plan: FolderPlan) -> Any:
                     f"another job on this cluster writes to {plan.output.name}"
                 ) from None
             await asyncio.sleep(_LOOK_SECONDS)
-
-
-def _beside_us() -> dict[str, Any]:
-    """Options of an actor on this node, if it can be: it is lost with us only."""
-    node = ray.get_runtime_context().get_node_id()
-    strategy = NodeAffinitySchedulingStrategy(node, soft=True)
-    return {"num_cpus": 0, "scheduling_strategy": strategy}
 
 
 class _Run:
@@ -275,8 +267,10 @@ class _Run:
         )
 
     async def _ask(self, work: Work) -> None:
-        tally = ray.remote(Tally).options(**_beside_us()).remote()
-        running = asyncio.ensure_future(self._call(self._pipeline.run.remote(work, tally)))
+        tally = ray.remote(Tally).options(**beside_us()).remote()
+        keeper = self._made_of.keeper()
+        run = self._pipeline.run.remote(work, tally, keeper)
+        running = asyncio.ensure_future(self._call(run))
         stopped: VllmError | None = None
         try:
             while not running.done():
@@ -287,6 +281,7 @@ class _Run:
         finally:
             running.cancel()
             ray.kill(tally)
+            ray.kill(keeper)
         if stopped is not None:
             self._counts = self._done()
             raise self._stopped(stopped) from stopped

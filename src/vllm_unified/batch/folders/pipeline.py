@@ -111,7 +111,7 @@ class Pipeline:
         found: list[Survey] = ray.get([task.remote(folder, file, format) for file in files])
         return found
 
-    def run(self, work: Work, tally: Any) -> None:
+    def run(self, work: Work, tally: Any, keeper: Any) -> None:
         """Ask all rows that are not done, and write them."""
         output, ledger = Folder(work.output), Folder(work.ledger)
         context = ray.data.DataContext.get_current()
@@ -134,7 +134,7 @@ class Pipeline:
             Asker,
             batch_size=None,
             batch_format="pyarrow",
-            fn_constructor_args=(work, tally),
+            fn_constructor_args=(work, tally, keeper),
             compute=ray.data.ActorPoolStrategy(size=work.actors),
             num_cpus=1,
             max_concurrency=BLOCKS_AT_ONCE,
@@ -185,7 +185,7 @@ def _table(start: int, rows: list[Row]) -> pa.Table:
 class Asker:
     """An actor that asks: a client of its own, in a thread of its own, for several blocks."""
 
-    def __init__(self, work: Work, tally: Any) -> None:
+    def __init__(self, work: Work, tally: Any, keeper: Any) -> None:
         self._work = work
         self._tally = tally
         self._ledger = FolderLedger(Folder(work.ledger))
@@ -194,10 +194,8 @@ class Asker:
         self._stopped = False
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._fleet = asyncio.run_coroutine_threadsafe(self._connect(), self._loop).result()
-
-    async def _connect(self) -> Any:
-        return self._work.made_of.fleet()
+        connecting = asyncio.run_coroutine_threadsafe(work.made_of.fleet(keeper), self._loop)
+        self._fleet, self._limit = connecting.result()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The rows of a block that have an answer now, with it."""
