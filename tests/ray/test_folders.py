@@ -284,3 +284,13 @@ def test_files_of_others_are_not_mixed_with_parts(
     with pytest.raises(ConfigurationError, match="has files in it"):
         run(vllm, source, tmp_path / "out", ray=address)
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_a_cluster_made_for_it(servers: Servers, tmp_path: Path) -> None:
+    """In a program of its own: this one may have a cluster already."""
+    source = write(tmp_path / "in", "jsonl", all_rows(40))
+    command = [*jobs.COMMAND, "batch", str(source), str(tmp_path / "out"), *jobs.ASK]
+    command += ["--url", servers.urls[0], "--ray", "local", "--model", "sim"]
+    done = jobs.run(command)
+    assert done.returncode == 0, done.stderr
+    assert len(lines(tmp_path / "out")) == 40

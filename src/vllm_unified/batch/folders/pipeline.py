@@ -44,7 +44,12 @@ from vllm_unified.batch.requests import RequestMaker
 from vllm_unified.batch.runner import BatchRun
 from vllm_unified.batch.source import Source
 from vllm_unified.batch.stream import BatchStream
-from vllm_unified.errors import BadRequestError, OutputValidationError, VllmError
+from vllm_unified.errors import (
+    BadRequestError,
+    ConfigurationError,
+    OutputValidationError,
+    VllmError,
+)
 from vllm_unified.wire.structure import OutputStructure, output_structure
 
 import ray  # isort: skip
@@ -59,6 +64,7 @@ BLOCKS_AT_ONCE = 3
 """Of each actor, so that it does not wait for the slowest row of one."""
 _PART_ROWS = (100, 10_000)
 """Rows of a part: at least, at most. An actor that is lost has to do its parts again."""
+_OTHER_CPUS = 2
 _PARTS_OF_ACTOR = 16
 """An actor writes so many parts at least, if they do not get too small."""
 
@@ -136,11 +142,24 @@ class Pipeline:
             batch_format="pyarrow",
             fn_constructor_args=(work, tally, keeper),
             compute=ray.data.ActorPoolStrategy(size=work.actors),
-            num_cpus=1,
+            num_cpus=_cpus_of_actor(work.actors),
             max_concurrency=BLOCKS_AT_ONCE,
             scheduling_strategy="SPREAD",
         )
         dataset.write_datasink(PartsDatasink(output, ledger, work.form))
+
+
+def _cpus_of_actor(actors: int) -> int:
+    """Reading and writing take a CPU for each task, and the filter of what is done one for itself;
+    on a small cluster actors that are counted would leave them none, and all would wait for ever.
+
+    Raises:
+        ConfigurationError: the cluster is too small even so.
+    """
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    if cpus < _OTHER_CPUS:
+        raise ConfigurationError(f"a job with folders takes a cluster of two CPUs, not {cpus}")
+    return 1 if cpus >= actors + _OTHER_CPUS else 0
 
 
 def _survey(folder: str, file: InputFile, format: Format) -> Survey:
