@@ -599,3 +599,38 @@ def test_the_capacity_is_from_one_to_the_ceiling_whatever_comes(
             case _:
                 limit.restart()
         assert 1 <= limit.capacity <= ceiling
+
+
+def test_a_lower_ceiling_brings_the_capacity_down() -> None:
+    limit = AdaptiveLimit(256)
+    limit.bound(10)
+    assert (limit.capacity, limit.ceiling) == (10, 10)
+
+
+def test_what_was_at_the_ceiling_goes_up_with_it() -> None:
+    limit = AdaptiveLimit(20)
+    limit.bound(50)
+    assert limit.capacity == 50
+
+
+def test_what_was_found_below_the_ceiling_stays() -> None:
+    limit = AdaptiveLimit(256)
+    limit.on_overload(in_flight=41)
+    found = limit.capacity
+    limit.bound(128)
+    limit.bound(512)
+    assert limit.capacity == found
+
+
+def test_a_goal_above_a_new_ceiling_is_not_grown_back_to() -> None:
+    limit = AdaptiveLimit(64)
+    limit.restart()
+    limit.bound(8)
+    for now in range(1000):
+        limit.on_success(in_flight=limit.capacity, work=1, now=float(now))
+        assert limit.capacity <= 8
+
+
+def test_a_ceiling_is_at_least_one() -> None:
+    with pytest.raises(ValueError, match="ceiling=0"):
+        AdaptiveLimit(64).bound(0)
