@@ -19,6 +19,7 @@ from vllm_unified import AsyncVllmUnified
 from vllm_unified.servers import LocalServer, ServerSpec
 
 WAYS: dict[str, dict[str, Any]] = {"pack=1": {"pack": 1}, "pack=8": {"pack": 8}, "automatic": {}}
+FIRST = 1000
 PARAMS = {"max_tokens": 1, "temperature": 0}
 
 
@@ -29,11 +30,12 @@ async def measure(prompts: int, rounds: int) -> dict[str, list[float]]:
         await LocalServer.start(ServerSpec()) as server,
         AsyncVllmUnified(api_url=server.url, model=server.model, timeout=300) as vllm,
     ):
-        await vllm.batch(_prompts("first", prompts), **PARAMS)
+        await vllm.batch(_prompts(FIRST, prompts), **PARAMS)
         for number in range(rounds):
             turn = number % len(WAYS)
-            for way, options in [*WAYS.items()][turn:] + [*WAYS.items()][:turn]:
-                texts = _prompts(f"{number} {way}", prompts)
+            ways = [*WAYS.items()][turn:] + [*WAYS.items()][:turn]
+            for place, (way, options) in enumerate(ways):
+                texts = _prompts(FIRST + 1 + number * len(WAYS) + place, prompts)
                 started = time.perf_counter()
                 await vllm.batch(texts, **PARAMS, **options)
                 found[way].append(prompts / (time.perf_counter() - started))
@@ -41,7 +43,8 @@ async def measure(prompts: int, rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def _prompts(beginning: str, count: int) -> list[str]:
+def _prompts(beginning: int, count: int) -> list[str]:
+    """Of as many tokens, whatever they begin with: it has digits, which are tokens of their own."""
     return [f"{beginning}, {number}: the capital of France is" for number in range(count)]
 
 
