@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,27 @@ def test_servers_that_are_gone_end_it(
     assert raised.value.is_transient_error
     with VllmUnified(api_url=servers.urls[0]) as client:
         assert run(client, source, output, ray=address).answered == 40
+
+
+def test_rows_that_kill_workers_end_it(
+    vllm: VllmUnified, servers: Servers, address: str, source: Path, tmp_path: Path
+) -> None:
+    ended = threading.Event()
+
+    def kill() -> None:
+        while not ended.wait(0.05):
+            if any(gauge(url, "vllm:num_requests_running") for url in servers.urls):
+                for asker in processes(ASKER):
+                    asker.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with pytest.raises(JobStoppedError, match="none of them had a row answered"):
+            run(vllm, source, tmp_path / "out", ray=address, ray_workers=1)
+    finally:
+        ended.set()
+        killer.join()
 
 
 @pytest.mark.parametrize(

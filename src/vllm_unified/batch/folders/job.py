@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_unified.batch.errors import BatchStoppedError
 from vllm_unified.batch.files.formats import FORMATS, Format, Place
 from vllm_unified.batch.files.lines import Joined
 from vllm_unified.batch.files.rows import Row
@@ -36,6 +37,8 @@ import ray  # isort: skip
 _LOOK_SECONDS = 0.5
 _LEAVE_SECONDS = 30.0
 """Which a job that was killed has, to be gone."""
+_MOST_STARTS = 5
+"""Of each actor, without an answer in between."""
 _NAMESPACE = "vllm-unified"
 
 
@@ -275,8 +278,11 @@ class _Run:
         try:
             while not running.done():
                 await asyncio.wait([running], timeout=_LOOK_SECONDS)
-                counts, stopped = await tally.read.remote()
+                counts, stopped, starts = await tally.read.remote()
                 self._report(counts, stopped)
+                if starts > _MOST_STARTS * self._actors:
+                    self._counts = self._done()
+                    raise self._stopped(_deaths(starts))
             await running
         finally:
             running.cancel()
@@ -384,6 +390,13 @@ class _Run:
             hint="\n".join(line for line in (error.hint, kept) if line),
             like=error,
         )
+
+
+def _deaths(starts: int) -> VllmError:
+    return BatchStoppedError(
+        f"{starts} workers began, one after the other, and none of them had a row answered",
+        hint="Look at the workers' logs on the cluster: one of the rows, or memory?",
+    )
 
 
 def _own_error(error: BaseException) -> BaseException:

@@ -94,18 +94,25 @@ class Tally:
     def __init__(self) -> None:
         self._counts = Counts()
         self._stopped: VllmError | None = None
+        self._starts = 0
+
+    def start(self) -> None:
+        """An actor begins, the first time or in a lost one's place."""
+        self._starts += 1
 
     def add(self, counts: Counts) -> None:
         """Rows are answered, though perhaps not written yet."""
+        if counts.rows:
+            self._starts = 0
         add(self._counts, counts)
 
     def stop(self, error: VllmError) -> None:
         """An actor reaches no server."""
         self._stopped = error
 
-    def read(self) -> tuple[Counts, VllmError | None]:
-        """How far it is, and why it stopped."""
-        return self._counts, self._stopped
+    def read(self) -> tuple[Counts, VllmError | None, int]:
+        """How far it is, why it stopped, and how many actors began since the last answer."""
+        return self._counts, self._stopped, self._starts
 
 
 class Pipeline:
@@ -207,6 +214,7 @@ class Asker:
     def __init__(self, work: Work, tally: Any, keeper: Any) -> None:
         self._work = work
         self._tally = tally
+        tally.start.remote()
         self._ledger = FolderLedger(Folder(work.ledger))
         self._structure = work.response_model and output_structure(work.response_model)
         self._failed_before = set(self._ledger.failed())

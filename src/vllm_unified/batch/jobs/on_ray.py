@@ -39,8 +39,9 @@ except ImportError:
 
 BLOCK = 128
 """Prompts that go to a worker at a time."""
-BLOCKS_AT_ONCE = 3
-"""Of each worker, so that it does not wait for the slowest prompt of one."""
+LEAST_BLOCKS = 3
+"""Of each worker at a time, so that it does not wait for the slowest prompt of one; or as many as
+all servers take, for the others may have nothing to do."""
 MOST_DEATHS = 3
 """Workers that a block may take with it before it is given up."""
 _ANSWERS_WAITING = 4096
@@ -189,6 +190,7 @@ class RayStream:
         self._params = params
         self._pack = pack
         self._workers = workers
+        self._blocks = max(LEAST_BLOCKS, sum(made_of.most.values()) // BLOCK + 2)
         self._count = 0
         self._reading = asyncio.Lock()
         self._read_all = False
@@ -250,13 +252,13 @@ class RayStream:
         while True:
             actor = (
                 ray.remote(BatchWorker)
-                .options(num_cpus=1, scheduling_strategy="SPREAD", max_concurrency=BLOCKS_AT_ONCE)
+                .options(num_cpus=1, scheduling_strategy="SPREAD", max_concurrency=self._blocks + 1)
                 .remote(self._made_of, self._keeper)
             )
             self._actors.append(actor)
             actor.connect.remote()
             async with asyncio.TaskGroup() as group:
-                feeding = [group.create_task(self._feed(actor)) for _ in range(BLOCKS_AT_ONCE)]
+                feeding = [group.create_task(self._feed(actor)) for _ in range(self._blocks)]
             self._actors.remove(actor)
             ray.kill(actor)
             if all(feed.result() != "lost" for feed in feeding):
