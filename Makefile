@@ -18,15 +18,17 @@ help:  ## What can be made
 demo: $(VENV)/.cli  ## See the main job done, on a real vLLM that is installed and started here
 	@env -u VLLM_API_URL $(BIN)/vllm-unified demo
 
-test: lint  ## All tests, those on a real vLLM included; what CI runs
+test: lint $(VENV)/.ray  ## All tests, those on a real vLLM included; what CI runs
 	$(BIN)/vllm-unified engine install
 	$(BIN)/python -m pytest $(PATIENT) -q -n 3 --dist worksteal -m "not live and not resilience and not ray"
 	$(BIN)/python -m pytest $(PATIENT) -m resilience --durations=10
+	$(BIN)/python -m pytest $(PATIENT) -m ray
 	$(BIN)/python -m pytest $(PATIENT) -n 2 --dist loadgroup -m live --durations=20
 	@$(MAKE) --no-print-directory wheel
 
 quick: $(VENV)/.dev  ## All tests that need no vLLM and start no programs, in seconds
-	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "not live and not resilience and not processes and not ray"
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal --hypothesis-profile quick \
+	  -m "not live and not resilience and not processes and not ray"
 
 processes: $(VENV)/.dev  ## The tests that start programs: servers with a fake engine, terminals
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m "processes and not live"
@@ -34,8 +36,7 @@ processes: $(VENV)/.dev  ## The tests that start programs: servers with a fake e
 resilience: $(VENV)/.dev  ## Fleets of simulators under faults, an outage, and overload
 	$(BIN)/python -m pytest -m resilience
 
-ray: $(VENV)/.dev  ## Batches on a Ray cluster of two nodes here; installs ray (240 MB) first
-	@$(PIP) -e '.[ray]'
+ray: $(VENV)/.ray  ## Batches on a Ray cluster of two nodes here; installs ray (240 MB) first
 	$(BIN)/python -m pytest -m ray
 
 live: $(VENV)/.dev  ## Only the tests on a real vLLM
@@ -67,7 +68,7 @@ bench: $(VENV)/.dev  ## Measure: beside other clients, the import, the pipeline
 upgrade:  ## The newest versions of all that tests need, into constraints.txt
 	@rm -rf $(VENV)
 	@: > constraints.txt
-	@$(MAKE) --no-print-directory $(VENV)/.dev
+	@$(MAKE) --no-print-directory $(VENV)/.ray
 	$(BIN)/python -m pip freeze --exclude-editable > constraints.txt
 
 clean:  ## Remove what was made here; engines and models stay in the user's cache
@@ -88,3 +89,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/bin/python
 	@echo "Installing vllm-unified and its development tools into $(VENV) ..."
 	@$(PIP) -e '.[batch,cli,docker,schema,speed]' --group dev
 	@touch $@ $(VENV)/.cli
+
+$(VENV)/.ray: $(VENV)/.dev
+	@echo "Installing ray into $(VENV) ..."
+	@$(PIP) -e '.[ray]'
+	@touch $@

@@ -1,9 +1,11 @@
-"""What the pipeline costs: queue, limit, breaker, retry, statistics and routing among 16 endpoints.
+"""What queue, limit, breaker, retry, statistics and routing cost, and what that grows with.
 
 The transport answers at once, from memory, so that nothing else is measured: CPU time of a request
-through a fleet, less that of the bare transport with the same decoding.
+through a fleet, less that of the bare transport with the same decoding. Rounds are interleaved, and
+a figure is the least of them: what others do on the machine only ever adds.
 
-python benchmarks/pipeline.py [--strategy NAME] [--profile]
+python benchmarks/pipeline.py [endpoints] [at-once] [queue] [streams] [--strategy NAME ...]
+    [--profile]
 """
 
 from __future__ import annotations
@@ -12,28 +14,39 @@ import argparse
 import asyncio
 import cProfile
 import pstats
-import statistics
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
 
 from vllm_unified.fleet.directory import Directory
 from vllm_unified.fleet.fleet import Fleet
 from vllm_unified.fleet.policies import STRATEGIES
+from vllm_unified.fleet.stream import GenerationStream
 from vllm_unified.results import GenerationResult, ResultMetadata
 from vllm_unified.settings import Secret, Settings
-from vllm_unified.wire.requests import WireRequest, generation_request
+from vllm_unified.wire.requests import generation_request
 from vllm_unified.wire.responses import generation_decoder
 
-ENDPOINTS = 16
-AT_ONCE = 64
+ENDPOINTS = (1, 16, 256)
+AT_ONCE = (32, 256, 2048)
+QUEUED = (10, 1000, 10_000, 100_000)
+STREAMS = (1, 64, 1024, 4096)
+USUAL_AT_ONCE = 64
 REQUESTS = 20_000
-ROUNDS = 7
+ROUNDS = 5
 ANSWER = (
     b'{"id":"cmpl-1","object":"text_completion","created":1,"model":"m","choices":[{"index":0,'
     b'"text":"a text of some words","logprobs":null,"finish_reason":"stop","stop_reason":null}],'
     b'"usage":{"prompt_tokens":5,"total_tokens":10,"completion_tokens":5}}'
 )
+SETTINGS = Settings(api_key=Secret("key"), max_concurrent_requests=64, queue_size=200_000)
+REQUEST = generation_request(
+    {"prompt": "Tell me a short story " * 40, "model": "m", "session_id": "mine"}
+)
+DECODE = generation_decoder(REQUEST)
+
+Send = Callable[[], Awaitable[object]]
 
 
 class _Response:
@@ -41,7 +54,8 @@ class _Response:
     headers: Mapping[str, str] = {}
 
     async def packet(self) -> bytes:
-        return ANSWER
+        await asyncio.Event().wait()
+        return b""
 
     async def read(self, limit: int) -> bytes:
         await asyncio.sleep(0)
@@ -52,7 +66,8 @@ class _Response:
 
 
 class MemoryTransport:
-    """Answers every request at once; as a socket does, in a later turn of the loop."""
+    """Answers every request at once; as a socket does, in a later turn of the loop. A stream has
+    begun at once, and says nothing."""
 
     async def open(
         self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None
@@ -63,9 +78,6 @@ class MemoryTransport:
         pass
 
 
-SETTINGS = Settings(api_key=Secret("key"), max_concurrent_requests=64)
-
-
 def make_fleet(strategy: str, endpoints: int) -> Fleet:
     """A fleet of so many endpoints on the transport from memory."""
     directory = Directory(SETTINGS, {}, lambda settings: MemoryTransport())
@@ -73,60 +85,147 @@ def make_fleet(strategy: str, endpoints: int) -> Fleet:
     return directory.create_fleet(urls, {"strategy": strategy})
 
 
-async def bare(transport: MemoryTransport, request: WireRequest) -> GenerationResult:
+def sender(fleet: Fleet) -> Send:
+    """Sends the request through the fleet."""
+    return partial(fleet.send, REQUEST, fleet.settings, DECODE)
+
+
+async def bare() -> GenerationResult:
     """A request without a pipeline."""
     headers = {"Authorization": "Bearer key", "Content-Type": "application/json"}
-    response = await transport.open(
-        request.method, "http://gpu0:8000" + request.path, headers=headers, body=request.body
+    response = await MemoryTransport().open(
+        REQUEST.method, "http://gpu0:8000" + REQUEST.path, headers=headers, body=REQUEST.body
     )
     body = await response.read(SETTINGS.max_response_bytes)
     response.close()
-    return generation_decoder(request)(body, ResultMetadata())
+    return DECODE(body, ResultMetadata())
 
 
-async def cost(send: Any) -> float:
-    """Microseconds of CPU time for each request, 64 at a time."""
+async def cost(send: Send, at_once: int) -> float:
+    """Microseconds of CPU time for each request, of so many callers; they begin before the clock
+    does."""
+    requests, done = max(REQUESTS, at_once), 0
+    began, ended = [0.0], asyncio.Event()
 
-    async def caller(count: int) -> None:
-        for _ in range(count):
+    async def caller() -> None:
+        nonlocal done
+        while done < at_once + requests:
             await send()
+            done += 1
+            if done == at_once:
+                began[0] = time.process_time()
+            elif done == at_once + requests:
+                began.append(time.process_time())
+                ended.set()
 
-    started = time.process_time()
-    await asyncio.gather(*(caller(REQUESTS // AT_ONCE) for _ in range(AT_ONCE)))
-    return (time.process_time() - started) / REQUESTS * 1e6
+    callers = [asyncio.create_task(caller()) for _ in range(at_once)]
+    await ended.wait()
+    await asyncio.gather(*callers)
+    return (began[1] - began[0]) / requests * 1e6
 
 
-async def measure(strategy: str, endpoints: int) -> tuple[float, float]:
-    """Microseconds of the bare transport, and of the pipeline on top; medians."""
-    transport, fleet = MemoryTransport(), make_fleet(strategy, endpoints)
-    request = generation_request({"prompt": "Tell me a short story", "model": "m"})
-    decode = generation_decoder(request)
-    bares, pipelines = [], []
+async def least(loads: dict[str, tuple[Send, int]]) -> dict[str, float]:
+    """Microseconds of each load beyond the bare transport's."""
+    rounds: dict[str, list[float]] = {name: [] for name in ("", *loads)}
     for _ in range(ROUNDS):
-        bares.append(await cost(lambda: bare(transport, request)))
-        pipelines.append(await cost(lambda: fleet.send(request, fleet.settings, decode)))
-    below = statistics.median(bares)
-    return below, statistics.median(pipelines) - below
+        rounds[""].append(await cost(bare, USUAL_AT_ONCE))
+        for name, (send, at_once) in loads.items():
+            rounds[name].append(await cost(send, at_once))
+    below = min(rounds.pop(""))
+    return {name: min(costs) - below for name, costs in rounds.items()}
+
+
+async def by_endpoints(strategies: list[str]) -> None:
+    """A table of strategies and numbers of endpoints."""
+    print(f"\nCPU us a request beyond the bare transport, {USUAL_AT_ONCE} at once, by endpoints")
+    for name in strategies:
+        loads = {
+            str(count): (sender(make_fleet(name, count)), USUAL_AT_ONCE) for count in ENDPOINTS
+        }
+        print(row(name, await least(loads)), flush=True)
+
+
+async def by_at_once(strategies: list[str]) -> None:
+    """A table of strategies and requests in flight over 16 endpoints, of 1,024 slots."""
+    print("\nThe same at 16 endpoints (1,024 slots), by requests at once")
+    for name in strategies:
+        loads = {str(count): (sender(make_fleet(name, 16)), count) for count in AT_ONCE}
+        print(row(name, await least(loads)), flush=True)
+
+
+async def by_queued(strategies: list[str]) -> None:
+    """A table of numbers of waiting requests, before 1 endpoint and before 16."""
+    print("\nThe same with one endpoint (64 slots), and so many requests in line")
+    for count in QUEUED:
+        loads = {
+            f"{count:,}": (sender(make_fleet("least_loaded", 1)), 64 + count),
+            "at 16 endpoints": (sender(make_fleet("least_loaded", 16)), 16 * 64 + count),
+        }
+        print(row("least_loaded", await least(loads)), flush=True)
+
+
+async def by_streams(strategies: list[str]) -> None:
+    """A table of numbers of streams that are open, over 256 endpoints."""
+    print("\nThe same at 256 endpoints, with so many open streams beside it")
+    for count in STREAMS:
+        fleet = make_fleet(strategies[0], 256)
+        async with open_streams(fleet, count):
+            loads = {f"{count:,}": (sender(fleet), USUAL_AT_ONCE)}
+            print(row(strategies[0], await least(loads)), flush=True)
+
+
+@asynccontextmanager
+async def open_streams(fleet: Fleet, count: int) -> AsyncIterator[None]:
+    """So many streams that have begun, and wait for their first chunk."""
+    request = generation_request({"prompt": "Tell me", "model": "m"}, stream=True)
+
+    async def read() -> None:
+        async with GenerationStream(fleet, request, fleet.settings) as stream:
+            async for _ in stream:
+                pass
+
+    tasks = [asyncio.create_task(read()) for _ in range(count)]
+    while sum(each.in_flight for each in fleet.endpoints) < count:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    yield
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def row(name: str, found: dict[str, float]) -> str:
+    """A line of a table."""
+    return f"{name:14}" + "".join(f"  {key}: {value:5.1f}" for key, value in found.items())
+
+
+TABLES = {
+    "endpoints": by_endpoints,
+    "at-once": by_at_once,
+    "queue": by_queued,
+    "streams": by_streams,
+}
+
+
+async def profiled(strategy: str) -> None:
+    """What :func:`main` profiles."""
+    await cost(sender(make_fleet(strategy, 256)), USUAL_AT_ONCE)
 
 
 def main() -> None:
-    """Print a line for each strategy."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--strategy", choices=sorted(STRATEGIES))
-    parser.add_argument("--profile", action="store_true")
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], default=[])
+    parser.add_argument("--strategy", nargs="+", choices=sorted(STRATEGIES))
+    parser.add_argument("--profile", action="store_true", help="of one strategy, at 256 endpoints")
     chosen = parser.parse_args()
-    strategies = [chosen.strategy] if chosen.strategy else sorted(STRATEGIES)
+    strategies = chosen.strategy or list(STRATEGIES)
     if chosen.profile:
         profiler = cProfile.Profile()
-        profiler.runcall(asyncio.run, measure(strategies[0], ENDPOINTS))
+        profiler.runcall(asyncio.run, profiled(strategies[0]))
         pstats.Stats(profiler).sort_stats("tottime").print_stats(35)
         return
-    below, alone = asyncio.run(measure("least_loaded", 1))
-    print(f"bare transport and decoding: {below:.1f} us of CPU")
-    print(f"one endpoint:                {alone:+.1f} us")
-    for strategy in strategies:
-        _, added = asyncio.run(measure(strategy, ENDPOINTS))
-        print(f"{ENDPOINTS} endpoints, {strategy + ':':16}{added:+.1f} us")
+    for table in chosen.tables or TABLES:
+        asyncio.run(TABLES[table](strategies))
 
 
 if __name__ == "__main__":

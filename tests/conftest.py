@@ -12,8 +12,9 @@ from xdist.workermanage import WorkerController
 
 from tests.support.scripted import ScriptedServer
 
-settings.register_profile("quick", max_examples=50, deadline=None)
-settings.load_profile("quick")
+settings.register_profile("full", max_examples=50, deadline=None)
+settings.register_profile("quick", max_examples=15, deadline=None)  # of make quick
+settings.load_profile("full")
 
 # Shells start background jobs with SIGINT ignored, and programs that tests start would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

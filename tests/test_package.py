@@ -10,8 +10,10 @@ import sys
 from importlib import resources
 from pathlib import Path
 
+import pytest
+
 import vllm_unified
-from vllm_unified import errors, results
+from vllm_unified import errors, public, results
 from vllm_unified.errors import VllmError
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +37,7 @@ def test_names_are_sorted_and_stand_once() -> None:
 def test_nothing_public_is_missing_or_left_over() -> None:
     found = {
         name
-        for name, value in vars(vllm_unified).items()
+        for name, value in vars(public).items()
         if not name.startswith("_") and not inspect.ismodule(value)
     }
 
@@ -68,8 +70,35 @@ def modules_after(code: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-def test_importing_takes_nothing_heavy() -> None:
+def test_the_package_alone_imports_nothing_of_itself() -> None:
     modules = modules_after("import vllm_unified")
+
+    assert not [name for name in modules if name.startswith("vllm_unified.")]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from vllm_unified import VllmUnified",
+        "from vllm_unified import *; VllmUnified",
+        "import vllm_unified; vllm_unified.VllmUnified",
+        "import vllm_unified; vllm_unified.errors.VllmError",
+        "import vllm_unified; assert {*vllm_unified.__all__} <= {*dir(vllm_unified)}",
+    ],
+)
+def test_names_come_when_they_are_asked_for(code: str) -> None:
+    assert "vllm_unified.client" in modules_after(code)
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(AttributeError, match="module 'vllm_unified' has no attribute 'Vllm'"):
+        _ = vllm_unified.Vllm  # type: ignore[attr-defined]
+    with pytest.raises(ImportError, match="cannot import name 'Vllm'"):
+        from vllm_unified import Vllm  # type: ignore[attr-defined]  # noqa: F401
+
+
+def test_importing_takes_nothing_heavy() -> None:
+    modules = modules_after("from vllm_unified import VllmUnified")
 
     assert modules.isdisjoint({*HEAVY, "httptools", "urllib.request"})
     rooms = {name.split(".")[1] for name in modules if name.startswith("vllm_unified.")}
@@ -90,7 +119,7 @@ def test_importing_starts_no_thread_and_reads_no_environment() -> None:
         "    def get(self, key, default=None): read.append(key); return default\n"
         "read = []\n"
         "os.environ = Watched()\n"
-        "import vllm_unified\n"
+        "from vllm_unified import VllmUnified\n"
         "assert not [key for key in read if str(key).startswith('VLLM')], read\n"
         "assert threading.active_count() == 1\n"
     )

@@ -1,195 +1,23 @@
 """One Python client for every vLLM server that a team runs, and the hand that runs them."""
 
-from vllm_unified.balancer import LoadBalancer
-from vllm_unified.batch.answer import BatchAnswer
-from vllm_unified.batch.errors import BatchError, BatchStoppedError
-from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary, JobStoppedError
-from vllm_unified.batch.metrics import BatchMetrics
-from vllm_unified.batch.stream import BatchStream
-from vllm_unified.batch.texts import BatchResult
-from vllm_unified.blocking import BlockingLoadBalancer, VllmUnified
-from vllm_unified.bridge import BlockingBatchStream, BlockingStream
-from vllm_unified.client import AsyncVllmUnified
-from vllm_unified.endpoints.breaker import BreakerConfig
-from vllm_unified.endpoints.endpoint import Endpoint
-from vllm_unified.endpoints.health import Health
-from vllm_unified.endpoints.histogram import Distribution
-from vllm_unified.endpoints.stats import EndpointStats, Statistics
-from vllm_unified.errors import (
-    AdapterError,
-    Attempt,
-    AttemptTimeoutError,
-    AuthenticationError,
-    BackendError,
-    BadRequestError,
-    BatchFileError,
-    CircuitOpenError,
-    ClientClosedError,
-    ConfigurationError,
-    ConnectError,
-    ConnectionLostError,
-    ConnectTimeoutError,
-    ContainerConflictError,
-    ContainerEngineError,
-    ContainerError,
-    ContextLengthError,
-    EngineDeadError,
-    EngineError,
-    GenerationAbortedError,
-    ImageNotFoundError,
-    ModelNotFoundError,
-    NameResolutionError,
-    NoBackendError,
-    NoSuchServerError,
-    NotFoundError,
-    OutputValidationError,
-    OverloadedError,
-    PartialOutput,
-    PermissionDeniedError,
-    ProtocolError,
-    QuantizationError,
-    QueueFullError,
-    QueueTimeoutError,
-    RateLimitError,
-    RequestTimeoutError,
-    ResponseTooLargeError,
-    ServerError,
-    ServerStartError,
-    StreamStalledError,
-    StreamTruncatedError,
-    TLSError,
-    UnsupportedError,
-    VllmError,
-)
-from vllm_unified.events import Event
-from vllm_unified.fleet.directory import EndpointStatus
-from vllm_unified.fleet.monitor import HealthCheck
-from vllm_unified.fleet.policies import Route
-from vllm_unified.fleet.stream import GenerationStream
-from vllm_unified.handler import EndpointHandler
-from vllm_unified.models.info import ModelInfo
-from vllm_unified.models.lora.adapters import LoraAdapter, LoraResult
-from vllm_unified.models.quantization import (
-    QuantizationConfig,
-    QuantizationResult,
-    ServerFigures,
-    StepProgress,
-)
-from vllm_unified.models.statistics import Latency, ModelStatistics, ServerStatistics
-from vllm_unified.results import (
-    ChatResult,
-    Choice,
-    ContinuationNote,
-    EmbeddingResult,
-    GenerationResult,
-    ModelCard,
-    ResultMetadata,
-    StreamChunk,
-    Tokenization,
-    TokenLogprob,
-    ToolCall,
-    ToolCallDelta,
-    Usage,
-)
-from vllm_unified.settings import Settings, TLSConfig
-from vllm_unified.version import __version__
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AdapterError",
-    "AsyncVllmUnified",
-    "Attempt",
-    "AttemptTimeoutError",
-    "AuthenticationError",
-    "BackendError",
-    "BadRequestError",
-    "BatchAnswer",
-    "BatchError",
-    "BatchFileError",
-    "BatchMetrics",
-    "BatchProgress",
-    "BatchResult",
-    "BatchStoppedError",
-    "BatchStream",
-    "BatchSummary",
-    "BlockingBatchStream",
-    "BlockingLoadBalancer",
-    "BlockingStream",
-    "BreakerConfig",
-    "ChatResult",
-    "Choice",
-    "CircuitOpenError",
-    "ClientClosedError",
-    "ConfigurationError",
-    "ConnectError",
-    "ConnectTimeoutError",
-    "ConnectionLostError",
-    "ContainerConflictError",
-    "ContainerEngineError",
-    "ContainerError",
-    "ContextLengthError",
-    "ContinuationNote",
-    "Distribution",
-    "EmbeddingResult",
-    "Endpoint",
-    "EndpointHandler",
-    "EndpointStats",
-    "EndpointStatus",
-    "EngineDeadError",
-    "EngineError",
-    "Event",
-    "GenerationAbortedError",
-    "GenerationResult",
-    "GenerationStream",
-    "Health",
-    "HealthCheck",
-    "ImageNotFoundError",
-    "JobStoppedError",
-    "Latency",
-    "LoadBalancer",
-    "LoraAdapter",
-    "LoraResult",
-    "ModelCard",
-    "ModelInfo",
-    "ModelNotFoundError",
-    "ModelStatistics",
-    "NameResolutionError",
-    "NoBackendError",
-    "NoSuchServerError",
-    "NotFoundError",
-    "OutputValidationError",
-    "OverloadedError",
-    "PartialOutput",
-    "PermissionDeniedError",
-    "ProtocolError",
-    "QuantizationConfig",
-    "QuantizationError",
-    "QuantizationResult",
-    "QueueFullError",
-    "QueueTimeoutError",
-    "RateLimitError",
-    "RequestTimeoutError",
-    "ResponseTooLargeError",
-    "ResultMetadata",
-    "Route",
-    "ServerError",
-    "ServerFigures",
-    "ServerStartError",
-    "ServerStatistics",
-    "Settings",
-    "Statistics",
-    "StepProgress",
-    "StreamChunk",
-    "StreamStalledError",
-    "StreamTruncatedError",
-    "TLSConfig",
-    "TLSError",
-    "TokenLogprob",
-    "Tokenization",
-    "ToolCall",
-    "ToolCallDelta",
-    "UnsupportedError",
-    "Usage",
-    "VllmError",
-    "VllmUnified",
-    "__version__",
-]
+if TYPE_CHECKING:
+    from vllm_unified.public import *  # noqa: F403
+    from vllm_unified.public import __all__ as __all__
+    from vllm_unified.public import __version__ as __version__
+else:
+    # All names come with the first that is asked for. A command's help, and the processes that look
+    # after servers, need none of them, and would wait for all.
+    from importlib import import_module
+
+    def __getattr__(name):
+        public = import_module("vllm_unified.public")
+        globals().update({each: getattr(public, each) for each in (*public.__all__, "__all__")})
+        try:
+            return globals()[name]
+        except KeyError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+    def __dir__():
+        return sorted({*globals(), *import_module("vllm_unified.public").__all__})

@@ -12,7 +12,7 @@ from vllm_unified.batch.runner import BatchRun
 from vllm_unified.batch.source import Prompts, Source
 from vllm_unified.batch.stream import BatchStream
 from vllm_unified.batch.texts import BatchResult, OnError, collect_texts
-from vllm_unified.errors import VllmError
+from vllm_unified.errors import ConfigurationError, VllmError
 from vllm_unified.fleet.directory import Directory
 from vllm_unified.fleet.fleet import Fleet
 from vllm_unified.wire.requests import GenerationInput
@@ -105,6 +105,9 @@ class Batching:
         each of the input, in its order, and appears when it is complete. What is done until then is
         in the ledger, a file beside it.
 
+        With ``ray``, ``input`` may be a folder, or the address of one (``s3://...``); the output is
+        a folder of parts then, whose rows have their position in the column ``index``.
+
         Args:
             params: For all rows; a row's own win.
             prompt: A template over the columns, ``"Q: {question}"``. Without it, the column
@@ -136,6 +139,7 @@ class Batching:
             BadRequestError: a parameter is wrong; nothing was sent.
             JobStoppedError: servers or disk failed; what is done is kept.
         """
+        from vllm_unified.batch.folders.place import is_folder
         from vllm_unified.batch.jobs.job import run_job
         from vllm_unified.batch.jobs.plan import Job
         from vllm_unified.batch.jobs.question import Asking
@@ -165,6 +169,23 @@ class Batching:
             strict=strict,
             ledger=None if ledger is None else os.fspath(ledger),
         )
+
+        if is_folder(job.input):
+            if ray is None:
+                raise ConfigurationError(
+                    f"{job.input} is a folder, and those take a Ray cluster",
+                    hint="ray='local' (--ray local) makes one on this machine.",
+                )
+            from vllm_unified.batch.folders.job import run_folder_job
+            from vllm_unified.batch.jobs.on_ray import recipe
+
+            return await run_folder_job(
+                job,
+                recipe(fleet, patience, ray_workers),
+                address=ray,
+                actors=ray_workers,
+                on_progress=on_progress,
+            )
 
         def ask(
             prompts: AsyncIterator[GenerationInput], shared: Mapping[str, Any], pack: int | None

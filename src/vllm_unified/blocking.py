@@ -640,6 +640,9 @@ class VllmUnified:
         each of the input, in its order, and appears when it is complete. What is done until then is
         in the ledger, a file beside it.
 
+        With ``ray``, ``input`` may be a folder, or the address of one (``s3://...``); the output is
+        a folder of parts then, whose rows have their position in the column ``index``.
+
         Args:
             params: For all rows; a row's own win.
             prompt: A template over the columns, ``"Q: {question}"``. Without it, the column

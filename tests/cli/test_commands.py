@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 
+import vllm_unified.cli
 from tests.cli.conftest import Cli
 from tests.support import answers
 from tests.support.scripted import ScriptedServer
 from vllm_unified import __version__
-from vllm_unified.cli.app import app
+from vllm_unified.cli.commands import COMMANDS, load
 
 # models
 
@@ -107,11 +110,11 @@ def test_doctor_without_a_server_is_content(
 # Help
 
 
-def commands(command: Any = None, *path: str) -> Iterator[tuple[str, ...]]:
-    yield path
-    command = command or typer.main.get_command(app)
-    for name, inner in getattr(command, "commands", {}).items():
-        yield from commands(inner, *path, name)
+def commands() -> Iterator[tuple[str, ...]]:
+    yield ()
+    for name in COMMANDS:
+        yield (name,)
+        yield from ((name, inner) for inner in getattr(load(name), "commands", ()))
 
 
 @pytest.mark.parametrize("path", [*commands()], ids=" ".join)
@@ -126,6 +129,50 @@ def test_help_names_the_exit_codes_and_where_the_key_comes_from(cli: Cli) -> Non
     text = re.sub(r"\s+", " ", cli("--help").out)
     assert "3 no server reached" in text
     assert "VLLM_API_KEY" in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_for_what_the_list_says(name: str) -> None:
+    first, _, _ = (load(name).help or "").partition("\n\n")
+
+    assert " ".join(first.split()) == COMMANDS[name]
+
+
+def test_every_command_is_in_the_list() -> None:
+    docs = (path.read_text() for path in Path(vllm_unified.cli.__file__).parent.glob("*.py"))
+    written = {found[1] for doc in docs if (found := re.match('"""``vllm-unified ([a-z]+)', doc))}
+
+    assert written == set(COMMANDS)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["nope"]], ids=" ".join)
+def test_what_needs_no_command_imports_none(args: list[str]) -> None:
+    """Half a second of imports is long for who wants to know an option."""
+    assert rooms_after(*args) == {"cli", "version"}
+
+
+def test_completion_of_a_command_imports_none() -> None:
+    assert rooms_after(COMP_WORDS="vllm-unified s", COMP_CWORD="1") == {"cli", "version"}
+
+
+def rooms_after(*args: str, **completion: str) -> set[str]:
+    """The rooms of which a command has imported something, in a process of its own."""
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+        "from vllm_unified.cli import main; main()"
+    )
+    if completion:
+        completion["_VLLM_UNIFIED_COMPLETE"] = "complete_bash"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **completion},
+    )
+    modules = done.stderr.splitlines()[-1].split()
+    return {name.split(".")[1] for name in modules if name.startswith("vllm_unified.")}
 
 
 def test_version(cli: Cli) -> None:

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from vllm_unified.endpoints.adaptive import WIDEST_START, AdaptiveLimit
 
 CEILING = 256
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.resilience) for seed in (1, 2))]
+"""One in seconds, and more where there is time."""
 Work = Callable[[random.Random], int]
 
 
@@ -212,7 +214,7 @@ def measured(batch: int) -> int:
     return 2000 + 20 * batch
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [6, 30, 150])
 def test_throughput_is_within_a_tenth_of_the_best_fixed_limit(
@@ -226,7 +228,7 @@ def test_throughput_is_within_a_tenth_of_the_best_fixed_limit(
     assert throughput(log) > 0.9 * best_fixed(batch, kind)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_very_uneven_work_takes_longer_windows_and_no_throughput(kind: str, seed: int) -> None:
     limit = AdaptiveLimit(CEILING)
@@ -597,3 +599,38 @@ def test_the_capacity_is_from_one_to_the_ceiling_whatever_comes(
             case _:
                 limit.restart()
         assert 1 <= limit.capacity <= ceiling
+
+
+def test_a_lower_ceiling_brings_the_capacity_down() -> None:
+    limit = AdaptiveLimit(256)
+    limit.bound(10)
+    assert (limit.capacity, limit.ceiling) == (10, 10)
+
+
+def test_what_was_at_the_ceiling_goes_up_with_it() -> None:
+    limit = AdaptiveLimit(20)
+    limit.bound(50)
+    assert limit.capacity == 50
+
+
+def test_what_was_found_below_the_ceiling_stays() -> None:
+    limit = AdaptiveLimit(256)
+    limit.on_overload(in_flight=41)
+    found = limit.capacity
+    limit.bound(128)
+    limit.bound(512)
+    assert limit.capacity == found
+
+
+def test_a_goal_above_a_new_ceiling_is_not_grown_back_to() -> None:
+    limit = AdaptiveLimit(64)
+    limit.restart()
+    limit.bound(8)
+    for now in range(1000):
+        limit.on_success(in_flight=limit.capacity, work=1, now=float(now))
+        assert limit.capacity <= 8
+
+
+def test_a_ceiling_is_at_least_one() -> None:
+    with pytest.raises(ValueError, match="ceiling=0"):
+        AdaptiveLimit(64).bound(0)

@@ -4,52 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
+from tests.ray.conftest import processes
 from tests.resilience import jobs
 from tests.resilience.servers import Servers
 from tests.support.waiting import until
 from vllm_unified import BatchProgress, JobStoppedError, VllmUnified
 from vllm_unified.errors import ConfigurationError
-from vllm_unified.simulator import SimulatorConfig, Timing
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 ROWS = 2000
 PROMPT = "Question {n}: {topic}\nAnswer:"
-SLOW = Timing(inter_token_latency=0.01)
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Two nodes with a CPU each, so that each gets a worker."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster()
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
-    cluster.wait_for_nodes()
-    yield cluster.address
-    cluster.shutdown()
-
-
-@pytest.fixture(scope="module")
-def servers() -> Iterator[Servers]:
-    with Servers([SimulatorConfig(timing=SLOW, max_num_seqs=64)] * 2) as servers:
-        yield servers
-
-
-@pytest.fixture
-def vllm(servers: Servers) -> Iterator[VllmUnified]:
-    with VllmUnified({"endpoints": servers.urls}) as client:
-        yield client
+WORKER = "BatchWorker"
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +38,8 @@ def expected(source: Path, servers: Servers) -> bytes:
     return output.read_bytes()
 
 
-@pytest.fixture
-def nobody() -> Iterator[str]:
-    """Host and port at which nothing listens, and nothing will."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{unused.getsockname()[1]}"
-
-
 def run(vllm: VllmUnified, source: Path, output: Path, **options: Any) -> Any:
     return vllm.run_batch(source, output, prompt=PROMPT, max_tokens=6, **options)
-
-
-def workers() -> list[psutil.Process]:
-    """Of ours, on this machine."""
-    found = psutil.process_iter(["name", "cmdline"])
-    return [each for each in found if "BatchWorker" in " ".join(each.info["cmdline"] or ())]
 
 
 def test_the_output_is_the_same(
@@ -99,7 +57,7 @@ def test_a_worker_that_is_killed_loses_nothing(
 
     def kill(progress: BatchProgress) -> None:
         if progress.rows > 100 and not killed:
-            victim = workers()[0]
+            victim = processes(WORKER)[0]
             killed.append(victim.pid)
             victim.kill()
 
@@ -127,7 +85,7 @@ def test_a_job_that_is_killed_goes_on(
     assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout.partition('"resumed": ')[2].partition(",")[0]) < ROWS
     assert output.read_bytes() == expected
-    until(lambda: not workers(), 60)
+    until(lambda: not processes(WORKER), 60)
 
 
 def test_servers_that_are_gone_end_it(

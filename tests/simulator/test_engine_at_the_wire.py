@@ -121,10 +121,10 @@ async def test_a_known_prefix_is_faster_and_counted() -> None:
     async with Simulator(timing=timing, block_size=16) as server:
         prompt = list(range(300, 700))
         cold = await elapsed(complete(server, prompt=prompt, max_tokens=1))
-        warm = await elapsed(complete(server, prompt=prompt, max_tokens=1))
-        assert warm < cold / 3
-        assert await metric(server, "vllm:prefix_cache_hits_total") == 384
-        assert await metric(server, "vllm:prefix_cache_queries_total") == 800
+        warm = [await elapsed(complete(server, prompt=prompt, max_tokens=1)) for _ in range(3)]
+        assert min(warm) < cold / 3  # whatever else the machine does
+        assert await metric(server, "vllm:prefix_cache_hits_total") == 3 * 384
+        assert await metric(server, "vllm:prefix_cache_queries_total") == 4 * 400
 
 
 async def test_another_salt_or_no_caching_finds_nothing() -> None:

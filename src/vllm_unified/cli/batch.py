@@ -34,7 +34,8 @@ def batch(
         typer.Argument(
             metavar="IN",
             help="A file of rows: .jsonl, .csv, .tsv, .parquet, OpenAI's batch format; .gz and "
-            ".zst after it. '-' is standard input.",
+            ".zst after it. '-' is standard input. With --ray also a folder of such files, or its "
+            "address.",
         ),
     ],
     output: Annotated[

@@ -11,7 +11,9 @@ from vllm_unified.cli.generate import AsJson
 from vllm_unified.cli.terminal import err, out, print_json, print_table, progress_lines
 from vllm_unified.servers import VLLM_VERSION, install_engine, list_engines, remove_engine
 
-app = typer.Typer(help="The vLLM installs that servers run on.", no_args_is_help=True)
+app = typer.Typer(
+    help="The vLLM installs that servers run on.", no_args_is_help=True, add_completion=False
+)
 
 
 class Kind(StrEnum):

@@ -18,7 +18,9 @@ from vllm_unified.models.lora.placement import Replicas
 
 T = TypeVar("T")
 
-app = typer.Typer(help="The LoRA adapters of running servers.", no_args_is_help=True)
+app = typer.Typer(
+    help="The LoRA adapters of running servers.", no_args_is_help=True, add_completion=False
+)
 
 Name = Annotated[str, typer.Argument(help="The adapter's name in requests.")]
 Seconds = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds for all of it.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -14,8 +14,10 @@ from vllm_unified.blocking import VllmUnified
 from vllm_unified.cli.terminal import err
 from vllm_unified.configfile import ClientConfig, read_config
 from vllm_unified.errors import ConfigurationError, ConnectError
-from vllm_unified.servers import RunningServer, running_servers
 from vllm_unified.settings import DEFAULT_API_URL, server_address
+
+if TYPE_CHECKING:
+    from vllm_unified.servers import RunningServer
 
 Url = Annotated[
     str | None,
@@ -139,4 +141,6 @@ def local_servers() -> list[RunningServer]:
     """Servers of this library that are ready; none where they cannot run."""
     if os.name != "posix":
         return []
+    from vllm_unified.servers import running_servers  # slow to import, and no use where --url is
+
     return [server for server in running_servers() if server.state == "ready"]

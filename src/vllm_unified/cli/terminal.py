@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.console import Console
 
-from vllm_unified.servers import Progress
+if TYPE_CHECKING:
+    from vllm_unified.servers import Progress
 
 out = Console(highlight=False, soft_wrap=True)
 """For results."""

@@ -180,6 +180,31 @@ class AdaptiveLimit:
             self._climb.restart(capacity)
             self._move(self._climb.base, 0)
 
+    @property
+    def ceiling(self) -> int:
+        """The highest capacity that may be."""
+        return self._climb.ceiling
+
+    def bound(self, ceiling: int) -> None:
+        """Another ceiling. A capacity above it comes down to it; one that was at the ceiling before
+        may be too low only because of that, and goes up with it, to what was found to be good, or
+        to be measured there.
+
+        Raises:
+            ValueError: it is less than 1.
+        """
+        if ceiling < 1:
+            raise ValueError(f"a capacity is at least 1: ceiling={ceiling}")
+        before, self._climb.ceiling = self._climb.ceiling, ceiling
+        if self._climb.base > ceiling or (self._climb.base == before < ceiling):
+            self._climb.restart(ceiling)
+            self._goal = 0
+            self._move(ceiling, 0)
+        elif self.capacity > ceiling:  # a probe
+            self._climb.give_up_probe()
+            self._move(self._climb.base, 0)
+        self._goal = min(self._goal, ceiling)
+
     def restart(self) -> None:
         """The server is back after an outage: slow start.
 

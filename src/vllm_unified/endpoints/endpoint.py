@@ -101,6 +101,11 @@ class Endpoint:
         """How many requests may be there at once, as it was found out so far."""
         return self.limit.capacity
 
+    def bound(self, most: int) -> None:
+        """No more than this may be there at once from now on; what is there may end."""
+        self.limit.bound(most)
+        self.watch()
+
     @property
     def state(self) -> EndpointState:
         """The breaker's state, or ``draining``: nothing new is sent."""

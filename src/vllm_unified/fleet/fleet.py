@@ -130,8 +130,7 @@ class Fleet:
         which nothing is known yet get their share of them at once."""
         endpoints = self._router.endpoints
         for each in endpoints:
-            ceiling = each.settings.max_concurrent_requests
-            each.limit.widen(ceiling if calls is None else -(-calls // len(endpoints)))
+            each.limit.widen(each.limit.ceiling if calls is None else -(-calls // len(endpoints)))
 
     def add(self, endpoint: Endpoint) -> None:
         """Take a member in; who waits may go there at once.

@@ -168,7 +168,11 @@ class Line:
     def _set_alarm(self, now: float) -> None:
         """Come back when a server may be sent to again; all but time tells by itself."""
         self.cancel_alarm()
-        roomy = [each for each in self._router.endpoints if each.in_flight < each.capacity]
+        roomy = [
+            each
+            for each in self._router.endpoints
+            if not each.is_plain and each.in_flight < each.capacity
+        ]
         if not roomy:
             return
         times = [

@@ -24,6 +24,10 @@ Random = Callable[[], float]
 
 _Value = TypeVar("_Value", float, tuple[float, float])
 
+_LOOK = 16
+"""Candidates that are compared. The least loaded of so many is hardly more loaded than that of all
+(Mitzenmacher's argument for two holds all the more), and the choice takes no longer in a fleet of
+hundreds."""
 _FEW = 4
 """Requests that do not make a server busy: vLLM batches them. As many as one that waits counts."""
 _FIBONACCI = 0x9E3779B97F4A7C15
@@ -155,7 +159,8 @@ class Weighted:
 
 
 class LeastLoaded(_Stateless):
-    """The candidate with the least load for its weight; see ``loads``.
+    """The candidate with the least load for its weight; see ``loads``. Of more than 16 candidates,
+    it compares 16 neighbours, any.
 
     Clients that see the same gauges choose the same server: where they are many, ``PowerOfTwo``
     spreads better.
@@ -165,7 +170,8 @@ class LeastLoaded(_Stateless):
         self, candidates: Sequence[Candidate], route: Route, now: float, random: Random
     ) -> Candidate:
         """Of equally loaded ones any."""
-        return candidates[_lowest(loads(candidates), random)]
+        some = _some(candidates, random)
+        return some[_lowest(loads(some), random)]
 
 
 class PowerOfTwo(_Stateless):
@@ -330,7 +336,8 @@ class LowestLatency:
     Finagle's Peak EWMA: a server whose latency is unknown is tried at once, by one request; until
     that is answered it is the last choice, as it is for a second after each try. The latency of
     an idle server fades, to 1/e in ten seconds since it was chosen: the slower it was, the later
-    it is tried again, but it is.
+    it is tried again, but it is. As there, of many not all are compared: of more than 16
+    candidates, 16 neighbours.
     """
 
     _DECAY = 10.0
@@ -344,8 +351,8 @@ class LowestLatency:
         self, candidates: Sequence[Candidate], route: Route, now: float, random: Random
     ) -> Candidate:
         """Of the unknown ones, those with the fewest requests."""
-        costs = [self._cost(candidate, now) for candidate in candidates]
-        chosen = candidates[_lowest(costs, random)]
+        some = _some(candidates, random)
+        chosen = some[_lowest([self._cost(candidate, now) for candidate in some], random)]
         self._chosen_at[chosen.id] = now
         return chosen
 
@@ -463,6 +470,18 @@ def loads(candidates: Sequence[Candidate]) -> list[float]:
         own = candidate.in_flight
         result.append((own + others + 3.0 * waiting + 1.0) / candidate.weight)
     return result
+
+
+def _some(candidates: Sequence[Candidate], random: Random) -> Sequence[Candidate]:
+    """All of a few candidates; of many, neighbours that begin at a random one."""
+    count = len(candidates)
+    if count <= _LOOK:
+        return candidates
+    first = int(random() * count)
+    some = candidates[first : first + _LOOK]
+    if len(some) == _LOOK:
+        return some
+    return [*some, *candidates[: _LOOK - len(some)]]
 
 
 def _lowest(values: Sequence[_Value], random: Random) -> int:

@@ -27,7 +27,7 @@ class Shape:
             if value is not None:
                 kind = _kind(value)
                 if kind != known:
-                    types[name] = _common(known, kind)
+                    types[name] = common_kind(known, kind)
 
 
 def _kind(value: object) -> str:
@@ -36,7 +36,10 @@ def _kind(value: object) -> str:
     return _KINDS.get(type(value), "json")
 
 
-def _common(known: str, kind: str) -> str:
+def common_kind(known: str, kind: str) -> str:
+    """The type of a column in which there is both; ``""`` is nothing yet."""
+    if known == kind or not kind:
+        return known
     if not known:
         return kind
     if {known, kind} == {"integer", "number"}:

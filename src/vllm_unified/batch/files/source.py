@@ -15,7 +15,7 @@ from typing import IO, Any
 import msgspec
 
 from vllm_unified.batch.files.compression import decompressed
-from vllm_unified.batch.files.formats import DELIMITERS, Place
+from vllm_unified.batch.files.formats import DELIMITERS, Format, Place
 from vllm_unified.batch.files.rows import Row, row_json
 from vllm_unified.errors import ConfigurationError
 
@@ -88,14 +88,10 @@ class Source:
         """
         with self._explained():
             if self.place.format == "parquet":
-                yield from _parquet_rows(self._path())
+                yield from rows_of(self._path(), "parquet", self.place.name)
                 return
             with self._bytes() as data:
-                if self.place.format in DELIMITERS:
-                    with _csv_reader(data, DELIMITERS[self.place.format]) as reader:
-                        yield from _csv_rows(reader)
-                else:
-                    yield from _json_rows(data, self.place.name)
+                yield from rows_of(data, self.place.format, self.place.name)
 
     def _look(self) -> None:
         if self.place.format == "parquet":
@@ -135,6 +131,21 @@ class Source:
             if type(error).__module__.startswith("pyarrow"):
                 raise ConfigurationError(f"cannot read {self.place.name}: {error}") from error
             raise
+
+
+def rows_of(data: Any, format: Format, name: str) -> Iterator[Row]:
+    """The rows in an open file's bytes; for Parquet, in a file that can be sought, or at a path.
+
+    Raises:
+        ConfigurationError: they are not in this format at all.
+    """
+    if format == "parquet":
+        yield from _parquet_rows(data)
+    elif format in DELIMITERS:
+        with _csv_reader(data, DELIMITERS[format]) as reader:
+            yield from _csv_rows(reader)
+    else:
+        yield from _json_rows(data, name)
 
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
@@ -215,11 +226,11 @@ def _shown(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(source: Any) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     position = 0
-    with pq.ParquetFile(path, pre_buffer=False) as file:
+    with pq.ParquetFile(source, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, use_threads=False):
             for fields in batch.to_pylist():
                 yield Row(position, position + 1, row_json(fields), fields)

@@ -14,6 +14,7 @@ import msgspec
 
 from vllm_unified.batch.answer import BatchAnswer
 from vllm_unified.batch.errors import BatchStoppedError
+from vllm_unified.batch.jobs.shared_limit import LimitKeeper, SharedLimit
 from vllm_unified.batch.requests import RequestMaker
 from vllm_unified.batch.runner import BatchRun
 from vllm_unified.batch.source import Source
@@ -28,6 +29,7 @@ from vllm_unified.wire.requests import GenerationInput
 
 try:
     from ray.exceptions import RayActorError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     import ray
 except ImportError:
@@ -37,8 +39,9 @@ except ImportError:
 
 BLOCK = 128
 """Prompts that go to a worker at a time."""
-BLOCKS_AT_ONCE = 3
-"""Of each worker, so that it does not wait for the slowest prompt of one."""
+LEAST_BLOCKS = 3
+"""Of each worker at a time, so that it does not wait for the slowest prompt of one; or as many as
+all servers take, for the others may have nothing to do."""
 MOST_DEATHS = 3
 """Workers that a block may take with it before it is given up."""
 _ANSWERS_WAITING = 4096
@@ -50,13 +53,31 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
     settings: Settings
     endpoints: tuple[dict[str, Any], ...]
-    """What ``create_endpoint`` takes."""
+    """What ``create_endpoint`` takes, with an even share of what a server may have at once."""
+    most: dict[str, int]
+    """What all workers together may have in flight at each server."""
+    workers: int
     patience: float | None
+
+    def keeper(self) -> Any:
+        """The actor that shares out the servers' limits among the workers."""
+        actor = ray.remote(LimitKeeper).options(**beside_us())
+        return actor.remote(self.most, self.workers)
+
+    async def fleet(self, keeper: Any) -> tuple[Fleet, SharedLimit]:
+        """A client of its own, for the event loop that runs, and what keeps it to its leases."""
+        directory = Directory(self.settings, None, HttpTransport)
+        members = [directory.create_endpoint(None, each) for each in self.endpoints]
+        fleet = directory.create_fleet(members, {}, {})
+        shares = {each.id: each.settings.max_concurrent_requests for each in fleet.endpoints}
+        limit = SharedLimit(fleet, keeper, shares)
+        await limit.begin()
+        return fleet, limit
 
 
 def recipe(fleet: Fleet, patience: float | None, workers: int) -> Recipe:
-    """Of a fleet, of which each of so many workers gets its share: together they have no more in
-    flight at a server than one client would.
+    """Of a fleet, for so many workers: together they have no more in flight at a server than one
+    client would.
 
     Raises:
         ConfigurationError: a server has a quota, which workers cannot keep together, or takes fewer
@@ -75,6 +96,8 @@ def recipe(fleet: Fleet, patience: float | None, workers: int) -> Recipe:
     return Recipe(
         settings=fleet.settings,
         endpoints=tuple(_share(endpoint, workers) for endpoint in fleet.endpoints),
+        most={each.id: each.settings.max_concurrent_requests for each in fleet.endpoints},
+        workers=workers,
         patience=patience,
     )
 
@@ -93,16 +116,28 @@ def _share(endpoint: Endpoint, workers: int) -> dict[str, Any]:
 class BatchWorker:
     """An actor: a client of its own, and the prompts that it is given."""
 
-    def __init__(self, made_of: Recipe) -> None:
+    def __init__(self, made_of: Recipe, keeper: Any) -> None:
         self._made_of = made_of
-        self._fleet: Fleet | None = None
+        self._keeper = keeper
+        # On the first call, for a client belongs to its event loop.
+        self._client: asyncio.Task[tuple[Fleet, SharedLimit]] | None = None
+
+    async def connect(self) -> None:
+        """Be known to whoever shares out the limits, also while there is nothing to do."""
+        await self._connected()
+
+    async def _connected(self) -> Fleet:
+        if self._client is None:
+            self._client = asyncio.create_task(self._made_of.fleet(self._keeper))
+        fleet, _ = await asyncio.shield(self._client)
+        return fleet
 
     async def answer(
         self, prompts: list[GenerationInput], params: Mapping[str, Any], pack: int | None
     ) -> AsyncIterator[list[BatchAnswer] | VllmError]:
         """The answers as they come; in the end, why there are no more, if there should be."""
         try:
-            fleet = self._fleet or self._connect()
+            fleet = await self._connected()
             requests = RequestMaker(fleet.settings, params, embeddings=True)
             run = BatchRun(
                 fleet,
@@ -117,13 +152,6 @@ class BatchWorker:
                     yield ready
         except VllmError as error:
             yield error
-
-    def _connect(self) -> Fleet:
-        """On the first call, for a client belongs to its event loop."""
-        directory = Directory(self._made_of.settings, None, HttpTransport)
-        members = [directory.create_endpoint(None, each) for each in self._made_of.endpoints]
-        self._fleet = directory.create_fleet(members, {}, {})
-        return self._fleet
 
 
 class _Block:
@@ -162,6 +190,7 @@ class RayStream:
         self._params = params
         self._pack = pack
         self._workers = workers
+        self._blocks = max(LEAST_BLOCKS, sum(made_of.most.values()) // BLOCK + 2)
         self._count = 0
         self._reading = asyncio.Lock()
         self._read_all = False
@@ -171,6 +200,7 @@ class RayStream:
         self._answers: asyncio.Queue[BatchAnswer | None] = asyncio.Queue(_ANSWERS_WAITING)
         self._work: asyncio.Task[None] | None = None
         self._actors: list[Any] = []
+        self._keeper: Any = None
         self._own_cluster = False
 
     def __aiter__(self) -> Self:
@@ -191,16 +221,18 @@ class RayStream:
             self._work.cancel()
             with contextlib.suppress(BaseException):
                 await self._work
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
+        for actor in (*self._actors, self._keeper):
+            if actor is not None:
+                ray.kill(actor)
+        self._actors, self._keeper = [], None
         if self._own_cluster:
             self._own_cluster = False
             ray.shutdown()
 
     async def _run(self) -> None:
         try:
-            self._join()
+            self._own_cluster = join_cluster(self._address)
+            self._keeper = self._made_of.keeper()
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._workers):
                     group.create_task(self._employ())
@@ -215,30 +247,18 @@ class RayStream:
             if not asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 await self._answers.put(None)
 
-    def _join(self) -> None:
-        if ray.is_initialized():
-            return
-        try:
-            _knock(self._address)
-            ray.init(self._address, log_to_driver=False, logging_level="ERROR")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigurationError(
-                f"there is no Ray cluster at {self._address!r}: {error}",
-                hint="'auto' is the one of this machine, 'local' makes one, HOST:PORT is another.",
-            ) from error
-        self._own_cluster = True
-
     async def _employ(self) -> None:
         """A worker, and its replacements, until there is nothing to do, or it reaches no server."""
         while True:
             actor = (
                 ray.remote(BatchWorker)
-                .options(num_cpus=1, scheduling_strategy="SPREAD", max_concurrency=BLOCKS_AT_ONCE)
-                .remote(self._made_of)
+                .options(num_cpus=1, scheduling_strategy="SPREAD", max_concurrency=self._blocks + 1)
+                .remote(self._made_of, self._keeper)
             )
             self._actors.append(actor)
+            actor.connect.remote()
             async with asyncio.TaskGroup() as group:
-                feeding = [group.create_task(self._feed(actor)) for _ in range(BLOCKS_AT_ONCE)]
+                feeding = [group.create_task(self._feed(actor)) for _ in range(self._blocks)]
             self._actors.remove(actor)
             ray.kill(actor)
             if all(feed.result() != "lost" for feed in feeding):
@@ -318,6 +338,31 @@ class RayStream:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+def join_cluster(address: str) -> bool:
+    """Become a part of a cluster; whether that is new, and has to be left.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    if ray.is_initialized():
+        return False
+    try:
+        _knock(address)
+        ray.init(address, log_to_driver=False, logging_level="ERROR")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"there is no Ray cluster at {address!r}: {error}",
+            hint="'auto' is the one of this machine, 'local' makes one, HOST:PORT is another.",
+        ) from error
+    return True
+
+
+def beside_us() -> dict[str, Any]:
+    """Options of an actor that takes no CPU, on this node if it can be: it is lost with us only."""
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
 
 
 def _knock(address: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import msgspec
 
@@ -63,15 +63,7 @@ class Plan:
         self.job = job
         if job.retry_failed and job.overwrite:
             raise ConfigurationError("retry_failed goes on with a job, and overwrite drops it")
-        self.params = {**job.params}
-        if job.model is not None:
-            self.params["model"] = job.model
-        self.structure: OutputStructure | None = None
-        if job.response_model is not None:
-            if self.params.get("response_format") is not None:
-                raise ConfigurationError("give response_model or response_format, not both")
-            self.structure = output_structure(job.response_model)
-            self.params["response_format"] = self.structure.response_format
+        self.params, self.structure = shared_params(job)
         place = place_of(job.input, job.input_format, "input")
         self.place = _resolved(place_of(job.output, job.output_format, "output"))
         self.ledger = _ledger(job, self.place)
@@ -91,6 +83,51 @@ class Plan:
         return Settled(self, first)
 
 
+class PlannedSource(Protocol):
+    """What is known of an input before its rows are read."""
+
+    place: Place
+    columns: tuple[str, ...] | None
+
+    @property
+    def rereadable(self) -> bool:
+        """Whether its rows can be read a second time."""
+
+    def identity(self) -> str:
+        """What tells this input from another one."""
+
+
+class Planned(Protocol):
+    """A job that has been checked; of files, or of folders."""
+
+    job: Job
+    place: Place
+    params: dict[str, Any]
+    structure: OutputStructure | None
+
+    @property
+    def source(self) -> PlannedSource:
+        """The input."""
+
+
+def shared_params(job: Job) -> tuple[dict[str, Any], OutputStructure | None]:
+    """The parameters for all rows, and what each answer has to parse as.
+
+    Raises:
+        ConfigurationError: they contradict each other.
+        BadRequestError: the response model cannot be sent.
+    """
+    params, structure = {**job.params}, None
+    if job.model is not None:
+        params["model"] = job.model
+    if job.response_model is not None:
+        if params.get("response_format") is not None:
+            raise ConfigurationError("give response_model or response_format, not both")
+        structure = output_structure(job.response_model)
+        params["response_format"] = structure.response_format
+    return params, structure
+
+
 class Settled:
     """What the first rows settle: formats and columns, and with them what each row becomes.
 
@@ -101,7 +138,7 @@ class Settled:
         needs_shape: Whether the output has to know the columns that all rows have.
     """
 
-    def __init__(self, plan: Plan, first: Sequence[Row]) -> None:
+    def __init__(self, plan: Planned, first: Sequence[Row]) -> None:
         job, source = plan.job, plan.source
         readable = [row.fields for row in first if row.fields is not None]
         if not source.rereadable:
@@ -188,7 +225,7 @@ _KNOWING = ("csv", "tsv", "parquet")
 """Formats whose columns are the same in all rows."""
 
 
-def _answer_columns(plan: Plan, place: Place) -> AnswerColumns | None:
+def _answer_columns(plan: Planned, place: Place) -> AnswerColumns | None:
     job = plan.job
     if place.format != "openai":
         default = (*DEFAULT_COLUMNS, "parsed") if plan.structure else DEFAULT_COLUMNS
@@ -203,7 +240,7 @@ def _answer_columns(plan: Plan, place: Place) -> AnswerColumns | None:
     return None
 
 
-def _fingerprint(plan: Plan, settled: Settled) -> Fingerprint:
+def _fingerprint(plan: Planned, settled: Settled) -> Fingerprint:
     job = plan.job
     return {
         "input": plan.source.identity(),

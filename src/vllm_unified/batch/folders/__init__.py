@@ -1,0 +1,1 @@
+"""Jobs with folders of files: a Ray Data pipeline."""
