@@ -24,7 +24,8 @@ PURE = (
     "models.lora.placement models.lora.fit models.fidelity models.quantization arguments templates "
     "batch.answer batch.errors batch.metrics batch.patience batch.requests batch.packing"
     " batch.jobs.template batch.jobs.question batch.jobs.columns batch.jobs.fingerprint "
-    "batch.jobs.summary batch.files.rows batch.files.shape batch.files.lines"
+    "batch.jobs.summary batch.jobs.leases batch.files.rows batch.files.shape batch.files.lines "
+    "fleet.hashing"
 ).split()
 IO = {
     "asyncio",

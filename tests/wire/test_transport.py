@@ -161,6 +161,17 @@ class TestWhatIsSent:
         assert headers["x-call"] == "1"
         assert "cookie" not in headers
 
+    async def test_all_of_our_headers_may_be_the_callers(self, server: ScriptedServer) -> None:
+        server.always(answers.completion("a"))
+        own = {"host": "example", "User-Agent": "mine", "Accept-Encoding": "gzip"}
+        async with client(server.url, headers=own) as vllm:
+            await vllm.generate("a")
+        headers = server.requests[0].headers
+        assert {name.lower(): headers[name.lower()] for name in own} == {
+            name.lower(): value for name, value in own.items()
+        }
+        assert headers["content-type"] == "application/json"
+
     async def test_the_callers_headers_win_however_they_are_spelled(
         self, server: ScriptedServer
     ) -> None:

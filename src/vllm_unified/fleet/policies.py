@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import blake2b
 from math import exp, isnan, log
 from types import MappingProxyType
 from typing import Protocol, TypeVar
@@ -17,6 +16,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from vllm_unified.errors import ConfigurationError
+from vllm_unified.fleet.hashing import StableHashes, stable_hash
 from vllm_unified.fleet.prefix import PrefixIndex, prefix_keys
 
 Random = Callable[[], float]
@@ -293,7 +293,7 @@ class Session:
 
     def __init__(self, *, bound: float = 1.25) -> None:
         self._bound = bound
-        self._hashes = _StableHashes()
+        self._hashes = StableHashes()
         self._without_session = LeastLoaded()
 
     def choose(
@@ -321,7 +321,7 @@ class Session:
 
     def _distances(self, session: str, candidates: Sequence[Candidate]) -> list[float]:
         """Exponentially distributed, with the weight as the rate, so the least wins by weight."""
-        key, hashes = _stable_hash(session), self._hashes
+        key, hashes = stable_hash(session), self._hashes
         # Fibonacci hashing (Knuth, volume 3, 6.4) of two hashes; 53 bits fit a float.
         return [
             -log((((key ^ hashes[each.id]) * _FIBONACCI >> 11 & _53_BITS) + 0.5) * 2.0**-53)
@@ -491,15 +491,3 @@ def _lowest(values: Sequence[_Value], random: Random) -> int:
         return values.index(least)
     places = [place for place, value in enumerate(values) if value == least]
     return places[int(random() * len(places))]
-
-
-def _stable_hash(text: str) -> int:
-    """64 bits, the same in every process; Python's own hash of a text is not."""
-    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
-class _StableHashes(dict[str, int]):
-    def __missing__(self, text: str) -> int:
-        hashed = self[text] = _stable_hash(text)
-        return hashed

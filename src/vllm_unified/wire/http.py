@@ -181,8 +181,9 @@ def _head(method: str, route: _Route, headers: Mapping[str, str], body: bytes | 
     own = route.lines
     if not _USUAL_HEADERS.issuperset(headers):
         own = _own_lines(route, headers)
-    lines = "\r\n".join([own, *map(": ".join, headers.items())])
-    breaks = own.count("\n") + len(headers)
+    given = map(": ".join, headers.items())
+    lines = "\r\n".join([own, *given] if own else given)
+    breaks = (own.count("\n") + 1 if own else 0) + len(headers) - 1
     if lines.count("\n") != breaks or lines.count("\r") != breaks:
         raise ConfigurationError("a header has a line break in it, and cannot be sent")
     length = "" if body is None else f"Content-Length: {len(body)}\r\n"
