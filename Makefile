@@ -22,7 +22,7 @@ test: lint $(VENV)/.ray  ## All tests, those on a real vLLM included; what CI ru
 	$(BIN)/vllm-unified engine install
 	$(BIN)/python -m pytest $(PATIENT) -q -n 3 --dist worksteal -m "not live and not resilience and not ray"
 	$(BIN)/python -m pytest $(PATIENT) -m resilience --durations=10
-	$(BIN)/python -m pytest $(PATIENT) -m ray
+	$(BIN)/python -m pytest $(PATIENT) -m "ray and not thorough" --durations=10
 	$(BIN)/python -m pytest $(PATIENT) -n 2 --dist loadgroup -m live --durations=20
 	@$(MAKE) --no-print-directory wheel
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,41 @@ def test_ctrl_c_says_how_to_go_on(
     assert not output.exists()
     done = cli(*command, "--json")
     assert done.code == 0
+    assert 0 < done.json["resumed"] < 3000
+    assert [row["q"] for row in rows(output)] == [f"{n}?" for n in range(3000)]
+
+
+# The ledger cannot be let go of: its disk, say, is on a network that is gone.
+STUCK = """
+import pathlib, sys, time
+from vllm_unified.batch.jobs import job
+def let_go(self):
+    pathlib.Path(sys.argv[3] + ".stuck").touch()
+    time.sleep(60)
+job._Run._let_go = let_go
+from vllm_unified.cli import main
+main()
+"""
+
+
+@pytest.mark.processes
+def test_a_second_ctrl_c_ends_it_at_once_and_keeps_the_ledger(
+    cli: Cli, vllm_simulator: BackgroundSimulator, tmp_path: Path
+) -> None:
+    source, output = many(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+    stuck, ledger = tmp_path / "out.jsonl.stuck", tmp_path / "out.jsonl.ledger-wal"
+    command = ("batch", str(source), str(output), *ASK, "--url", vllm_simulator.url)
+    program = [sys.executable, "-c", STUCK, *command]
+    with subprocess.Popen(program, stderr=subprocess.PIPE) as process:
+        until(lambda: ledger.exists() and ledger.stat().st_size > 50_000, 30)
+        process.send_signal(signal.SIGINT)
+        until(stuck.exists, 30)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, complaints = process.communicate(timeout=20)
+    assert process.returncode == 130, complaints
+    assert b"Traceback" not in complaints
+    done = cli(*command, "--json")
     assert 0 < done.json["resumed"] < 3000
     assert [row["q"] for row in rows(output)] == [f"{n}?" for n in range(3000)]
 

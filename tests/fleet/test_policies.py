@@ -314,37 +314,6 @@ def test_choosing_by_load_keeps_the_highest_load_below_that_of_chance(seed: int)
     assert least <= 11
 
 
-@pytest.mark.parametrize("policy", [LeastLoaded(), LowestLatency()], ids=["load", "latency"])
-def test_of_many_servers_the_requests_are_spread_evenly(policy: Strategy) -> None:
-    random = Random(1)
-    candidates = [Server(f"s{number}", latency=1.0) for number in range(256)]
-    by_id = {each.id: each for each in candidates}
-    for _ in range(256 * 10):
-        by_id[choose(policy, candidates, random=random)].in_flight += 1
-
-    assert {9, 10} <= {each.in_flight for each in candidates} <= {8, 9, 10, 11, 12}
-
-
-@pytest.mark.parametrize("policy", [LeastLoaded(), LowestLatency()], ids=["load", "latency"])
-def test_of_many_servers_few_are_looked_at(policy: Strategy) -> None:
-    looked = Counter[str]()
-
-    class Seen(Server):
-        @property
-        def weight(self) -> float:
-            looked[self.id] += 1
-            return 1.0
-
-        @weight.setter
-        def weight(self, value: float) -> None: ...
-
-    candidates = [Seen(f"s{number}", latency=1.0) for number in range(256)]
-    looked.clear()
-    choose(policy, candidates, random=Random(1))
-
-    assert 1 < len(looked) <= 16
-
-
 def test_requests_between_two_polls_spread_over_servers_that_others_use() -> None:
     """The larger of own requests and gauges would send them all to the first."""
     candidates = [Server("a", running=50, waiting=0), Server("b", running=52, waiting=0)]

@@ -132,6 +132,7 @@ def test_formats(
         assert [row[name] for row in rows] == [row[name] for row in wanted]
 
 
+@pytest.mark.thorough
 def test_parquet_keeps_its_types(vllm: VllmUnified, address: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     table = pa.table({"n": pa.array([1, 2], pa.int8()), "topic": ["a", "b"]})
@@ -182,6 +183,7 @@ def whole(parts: Path) -> list[Path]:
     return [part for part in parts.iterdir() if ".pending." not in part.name]
 
 
+@pytest.mark.thorough
 def test_ctrl_c_ends_it_and_says_how_to_go_on(
     command: list[str], expected: list[str], tmp_path: Path
 ) -> None:
@@ -224,6 +226,7 @@ def test_rows_without_an_answer_are_there_and_asked_again(
     assert [json.loads(line) for line in lines(tmp_path / "out")] == found
 
 
+@pytest.mark.thorough
 def test_another_job_is_refused(vllm: VllmUnified, address: str, tmp_path: Path) -> None:
     source, output = write(tmp_path / "in", "jsonl", all_rows(40)), tmp_path / "out"
     run(vllm, source, output, ray=address)
@@ -239,6 +242,7 @@ def test_another_job_is_refused(vllm: VllmUnified, address: str, tmp_path: Path)
     assert len(lines(output)) == 71
 
 
+@pytest.mark.thorough
 def test_servers_that_are_gone_end_it(
     address: str, servers: Servers, nobody: str, tmp_path: Path
 ) -> None:
@@ -253,6 +257,7 @@ def test_servers_that_are_gone_end_it(
         assert run(client, source, output, ray=address).answered == 40
 
 
+@pytest.mark.thorough
 def test_rows_that_kill_workers_end_it(
     vllm: VllmUnified, servers: Servers, address: str, source: Path, tmp_path: Path
 ) -> None:
@@ -308,6 +313,7 @@ def test_files_of_others_are_not_mixed_with_parts(
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.thorough
 def test_a_cluster_made_for_it(servers: Servers, tmp_path: Path) -> None:
     """In a program of its own: this one may have a cluster already."""
     source = write(tmp_path / "in", "jsonl", all_rows(40))

@@ -24,7 +24,7 @@ Random = Callable[[], float]
 
 _Value = TypeVar("_Value", float, tuple[float, float])
 
-_LOOK = 16
+ENOUGH = 16
 """Candidates that are compared. The least loaded of so many is hardly more loaded than that of all
 (Mitzenmacher's argument for two holds all the more), and the choice takes no longer in a fleet of
 hundreds."""
@@ -94,7 +94,8 @@ class Strategy(Protocol):
     ) -> Candidate:
         """One of the candidates: the servers that may take the request now, at least one.
 
-        ``now`` is in monotonic seconds.
+        ``now`` is in monotonic seconds. Of many, a strategy with an attribute ``enough`` sees only
+        so many: neighbours, beginning anywhere.
         """
 
     def forget(self, endpoint_id: str) -> None:
@@ -166,12 +167,13 @@ class LeastLoaded(_Stateless):
     spreads better.
     """
 
+    enough = ENOUGH
+
     def choose(
         self, candidates: Sequence[Candidate], route: Route, now: float, random: Random
     ) -> Candidate:
         """Of equally loaded ones any."""
-        some = _some(candidates, random)
-        return some[_lowest(loads(some), random)]
+        return candidates[_lowest(loads(candidates), random)]
 
 
 class PowerOfTwo(_Stateless):
@@ -180,6 +182,8 @@ class PowerOfTwo(_Stateless):
     Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001: nearly as even as
     the least loaded of all, and no herd where the loads are out of date.
     """
+
+    enough = ENOUGH
 
     def choose(
         self, candidates: Sequence[Candidate], route: Route, now: float, random: Random
@@ -340,6 +344,7 @@ class LowestLatency:
     candidates, 16 neighbours.
     """
 
+    enough = ENOUGH
     _DECAY = 10.0
     _BETWEEN_TRIES = 1.0
     _UNKNOWN = 1e12
@@ -351,8 +356,8 @@ class LowestLatency:
         self, candidates: Sequence[Candidate], route: Route, now: float, random: Random
     ) -> Candidate:
         """Of the unknown ones, those with the fewest requests."""
-        some = _some(candidates, random)
-        chosen = some[_lowest([self._cost(candidate, now) for candidate in some], random)]
+        costs = [self._cost(candidate, now) for candidate in candidates]
+        chosen = candidates[_lowest(costs, random)]
         self._chosen_at[chosen.id] = now
         return chosen
 
@@ -470,18 +475,6 @@ def loads(candidates: Sequence[Candidate]) -> list[float]:
         own = candidate.in_flight
         result.append((own + others + 3.0 * waiting + 1.0) / candidate.weight)
     return result
-
-
-def _some(candidates: Sequence[Candidate], random: Random) -> Sequence[Candidate]:
-    """All of a few candidates; of many, neighbours that begin at a random one."""
-    count = len(candidates)
-    if count <= _LOOK:
-        return candidates
-    first = int(random() * count)
-    some = candidates[first : first + _LOOK]
-    if len(some) == _LOOK:
-        return some
-    return [*some, *candidates[: _LOOK - len(some)]]
 
 
 def _lowest(values: Sequence[_Value], random: Random) -> int:

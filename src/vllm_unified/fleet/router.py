@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from random import random
 
 from vllm_unified.endpoints.call import Call
@@ -27,6 +28,7 @@ class Router:
         self.endpoints: list[Endpoint] = []
         self.closed = False
         self._strategy = strategy or LeastLoaded()
+        self._enough: int = getattr(self._strategy, "enough", None) or sys.maxsize
         self._next_trial: dict[str, float] = {}
 
     def add(self, endpoint: Endpoint) -> None:
@@ -59,16 +61,22 @@ class Router:
 
     def _plainly_free(self, model: str | None) -> list[Endpoint] | None:
         """What :meth:`free` gives where all members are well and serve the model, as they mostly
-        do; ``None`` where it takes more to know."""
+        do, or as many as are enough for the strategy; ``None`` where it takes more to know."""
+        endpoints, enough = self.endpoints, self._enough
+        count = len(endpoints)
+        first = int(random() * count) if count > enough else 0
         free = []
-        for each in self.endpoints:
+        for place in range(first - count, first):
+            each = endpoints[place]
             if not each.is_plain:
                 return None
             if model is not None and each.models is not None and model not in each.models:
                 return None
             if each.in_flight < each.limit.capacity:
                 free.append(each)
-        return free if self.endpoints else None
+                if len(free) == enough:
+                    break
+        return free if endpoints else None
 
     def take(self, call: Call, free: list[Endpoint], now: float) -> Slot:
         """A slot at one of these, as the strategy chooses, for the call's next attempt."""
