@@ -141,7 +141,7 @@ async def layers(prompts: list[str]) -> None:
                 return sum([answer.error is None async for answer in answers])
 
         ways = {
-            "bare loop": lambda: loop(lambda request: without_pipeline(transport, request)),
+            "bare loop": lambda: loop(without_pipeline),
             "pipeline": lambda: loop(piped),
             "stream_batch": batched,
         }

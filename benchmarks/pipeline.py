@@ -25,7 +25,7 @@ from vllm_unified.fleet.policies import STRATEGIES
 from vllm_unified.fleet.stream import GenerationStream
 from vllm_unified.results import GenerationResult, ResultMetadata
 from vllm_unified.settings import Secret, Settings
-from vllm_unified.wire.requests import generation_request
+from vllm_unified.wire.requests import WireRequest, generation_request
 from vllm_unified.wire.responses import generation_decoder
 
 ENDPOINTS = (1, 16, 256)
@@ -90,11 +90,11 @@ def sender(fleet: Fleet) -> Send:
     return partial(fleet.send, REQUEST, fleet.settings, DECODE)
 
 
-async def bare() -> GenerationResult:
+async def bare(request: WireRequest = REQUEST) -> GenerationResult:
     """A request without a pipeline."""
     headers = {"Authorization": "Bearer key", "Content-Type": "application/json"}
     response = await MemoryTransport().open(
-        REQUEST.method, "http://gpu0:8000" + REQUEST.path, headers=headers, body=REQUEST.body
+        request.method, "http://gpu0:8000" + request.path, headers=headers, body=request.body
     )
     body = await response.read(SETTINGS.max_response_bytes)
     response.close()
