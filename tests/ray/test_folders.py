@@ -239,6 +239,8 @@ def test_another_job_is_refused(vllm: VllmUnified, address: str, tmp_path: Path)
         run(vllm, source, output, ray=address)
     summary = run(vllm, source, output, ray=address, overwrite=True)
     assert (summary.rows, summary.resumed) == (71, 0)
+    with pytest.raises(ConfigurationError, match="nothing"):
+        run(vllm, source, output, ray=address, overwrite=True, prompt="{nothing}")
     assert len(lines(output)) == 71
 
 
@@ -314,10 +316,13 @@ def test_files_of_others_are_not_mixed_with_parts(
 
 
 @pytest.mark.thorough
-def test_a_cluster_made_for_it(servers: Servers, tmp_path: Path) -> None:
+def test_a_cluster_made_for_it(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a program of its own: this one may have a cluster already."""
     source = write(tmp_path / "in", "jsonl", all_rows(40))
-    command = [*jobs.COMMAND, "batch", str(source), str(tmp_path / "out"), *jobs.ASK]
+    monkeypatch.chdir(tmp_path)  # the actors have another working directory
+    command = [*jobs.COMMAND, "batch", source.name, "out/", *jobs.ASK]
     command += ["--url", servers.urls[0], "--ray", "local", "--model", "sim"]
     done = jobs.run(command)
     assert done.returncode == 0, done.stderr

@@ -197,7 +197,7 @@ def batch(
             )
         except KeyboardInterrupt:
             show.close()
-            kept = ledger or (f"{output}.ledger" if output != "-" else None)
+            kept = ledger or (f"{output.rstrip('/')}.ledger" if output != "-" else None)
             err.print(f"Stopped after {rows_of(show.last)}. {_how_to_go_on(kept)}", markup=False)
             raise typer.Exit(_INTERRUPTED) from None
     if json:

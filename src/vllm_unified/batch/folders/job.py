@@ -7,10 +7,10 @@ import contextlib
 import io
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -41,6 +41,8 @@ _MOST_STARTS = 5
 """Of each actor, without an answer in between."""
 _NAMESPACE = "vllm-unified"
 
+T = TypeVar("T")
+
 
 async def run_folder_job(
     job: Job, made_of: Recipe, *, address: str, actors: int, on_progress: OnProgress | None = None
@@ -58,7 +60,7 @@ async def run_folder_job(
         BadRequestError: a parameter is wrong.
         JobStoppedError: it ended before its end; what was done is kept.
     """
-    plan = FolderPlan(job)
+    plan = await asyncio.to_thread(FolderPlan, job)
     RequestMaker(made_of.settings, plan.params)  # raises for what is wrong for all
     is_new = join_cluster(address)
     try:
@@ -170,36 +172,40 @@ class _Run:
     async def to_end(self) -> BatchSummary:
         """Ask what is not done, and write it."""
         ledger, job = self._plan.ledger, self._job
-        noted = ledger.job()
-        self._check_output(noted)
-        if job.overwrite:
-            self._delete_parts()
-            ledger.reset()
-            noted = None
+        noted = None if job.overwrite else await self._do(ledger.job)
+        await self._do(self._check_output, noted)
         surveys = await self._survey(noted)
         whole = together(surveys)
         self._total = whole.rows
         settled = self._settle(whole)
+        form = await self._do(self._form, settled, whole)
+        if job.overwrite:
+            await self._do(self._reset)
         if noted is not None:
             check_same(noted.fingerprint, settled.fingerprint, job.output)
-        if job.retry_failed:
-            self._plan.output.delete(self._unanswered(settled))
-            ledger.forget_failed()
-        elif noted is not None and noted.finished:
-            self._counts = self._before = self._done()
-            return self._summary()
+            if noted.finished and not job.retry_failed:
+                self._counts = self._before = await self._do(self._done)
+                return self._summary()
         noted = Noted(
             fingerprint=as_noted(settled.fingerprint),
             files=self._plan.source.files,
             surveys=surveys,
         )
-        ledger.note(noted)
-        self._counts = self._before = self._done()
-        await self._ask(self._work(settled, whole, surveys))
-        self._finish(settled, whole)
+        # Before anything of it is taken back: what is finished is not looked at again.
+        await self._do(ledger.note, noted)
+        if job.retry_failed:
+            await self._do(self._plan.output.delete, _unanswered(form))
+            await self._do(ledger.forget_failed)
+        self._counts = self._before = await self._do(self._done)
+        await self._ask(self._work(settled, whole, surveys, form))
+        await self._do(self._finish, settled, whole, form)
         noted.finished = True
-        ledger.note(noted)
+        await self._do(ledger.note, noted)
         return self._summary()
+
+    async def _do(self, work: Callable[..., T], *args: Any) -> T:
+        """In a thread: a store may be slow, and the loop is the caller's."""
+        return await asyncio.to_thread(work, *args)
 
     def _check_output(self, noted: Noted | None) -> None:
         if noted is None and not self._job.overwrite and self._plan.output.names():
@@ -208,9 +214,10 @@ class _Run:
                 hint="Take another output, or overwrite=True (--overwrite).",
             )
 
-    def _delete_parts(self) -> None:
+    def _reset(self) -> None:
         for name in self._plan.output.names():
             self._plan.output.delete(name)
+        self._plan.ledger.reset()
 
     async def _survey(self, noted: Noted | None) -> list[Survey]:
         """What is in each file; read once in a job's life."""
@@ -218,7 +225,7 @@ class _Run:
         if noted is not None:
             _check_files(noted.files, source.files, self._job.input)
             return noted.surveys
-        folder, format = source.folder.name, source.place.format
+        folder, format = source.folder.address, source.place.format
         surveys: list[Survey] = await self._call(
             self._pipeline.survey.remote(folder, source.files, format)
         )
@@ -251,19 +258,21 @@ class _Run:
             schema=schema_of(source.folder, source.files[0]) if is_parquet else None,
         )
 
-    def _work(self, settled: Settled, whole: Survey, surveys: Sequence[Survey]) -> Work:
+    def _work(
+        self, settled: Settled, whole: Survey, surveys: Sequence[Survey], form: PartForm
+    ) -> Work:
         source = self._plan.source
         return Work(
-            input=source.folder.name,
-            output=self._plan.output.name,
-            ledger=self._plan.ledger.folder.name,
+            input=source.folder.address,
+            output=self._plan.output.address,
+            ledger=self._plan.ledger.folder.address,
             files=source.files,
             starts=[0, *accumulate(each.rows for each in surveys)][:-1],
             rows=whole.rows,
             format=source.place.format,
             settled=settled,
             response_model=self._job.response_model,
-            form=self._form(settled, whole),
+            form=form,
             params=self._plan.params,
             made_of=self._made_of,
             actors=self._actors,
@@ -281,7 +290,7 @@ class _Run:
                 counts, stopped, starts = await tally.read.remote()
                 self._report(counts, stopped)
                 if starts > _MOST_STARTS * self._actors:
-                    self._counts = self._done()
+                    self._counts = await self._do(self._done)
                     raise self._stopped(_deaths(starts))
             await running
         finally:
@@ -289,7 +298,7 @@ class _Run:
             ray.kill(tally)
             ray.kill(keeper)
         if stopped is not None:
-            self._counts = self._done()
+            self._counts = await self._do(self._done)
             raise self._stopped(stopped) from stopped
 
     async def _call(self, reference: Any) -> Any:
@@ -302,22 +311,21 @@ class _Run:
                 raise cause from None
             first = str(cause).partition("\n")[0]
             failure = BatchFileError(f"the pipeline failed: {type(cause).__name__}: {first}")
-            self._counts = self._done()
+            self._counts = await self._do(self._done)
             raise self._stopped(failure) from error
         except ray.exceptions.RayActorError as error:
             failure = BatchFileError("the actor that runs the pipeline is lost")
-            self._counts = self._done()
+            self._counts = await self._do(self._done)
             raise self._stopped(failure) from error
 
-    def _finish(self, settled: Settled, whole: Survey) -> None:
+    def _finish(self, settled: Settled, whole: Survey, form: PartForm) -> None:
         """Write the rows that have no answer, and see that every row is there once."""
         failed = self._failed()
-        form = self._form(settled, whole)
         if failed:
             rows = [self._unanswered_row(settled, failed[index]) for index in sorted(failed)]
             data = io.BytesIO()
             form.write(data, rows)
-            self._plan.output.write(data.getvalue(), self._unanswered(settled))
+            self._plan.output.write(data.getvalue(), _unanswered(form))
         self._counts = self._done()
         if self._counts.rows != whole.rows:
             raise BatchFileError(
@@ -329,10 +337,6 @@ class _Run:
         row: Row = pickle.loads(failed.row)
         collides = failed.unasked and settled.unasked(row) is Outcome.COLLIDING
         return Joined(None if collides else row, failed.answer)
-
-    def _unanswered(self, settled: Settled) -> str:
-        suffix = "jsonl" if settled.place.format == "openai" else settled.place.format
-        return f"{UNANSWERED}.{suffix}"
 
     def _failed(self) -> dict[int, FailedRow]:
         failed = self._plan.ledger.failed()
@@ -390,6 +394,10 @@ class _Run:
             hint="\n".join(line for line in (error.hint, kept) if line),
             like=error,
         )
+
+
+def _unanswered(form: PartForm) -> str:
+    return f"{UNANSWERED}.{form.suffix}"
 
 
 def _deaths(starts: int) -> VllmError:

@@ -50,6 +50,11 @@ class Folder:
             raise ConfigurationError(f"{name} is no folder that can be reached: {error}") from error
         self.path = self.path.rstrip("/")
 
+    @property
+    def address(self) -> str:
+        """What it is called in other processes, whose working directory may be another."""
+        return self.name if "://" in self.name else self.path
+
     def at(self, *parts: str) -> str:
         """A path in it."""
         return posixpath.join(self.path, *parts)
