@@ -28,7 +28,12 @@ from vllm_unified.batch.jobs.job import OnProgress
 from vllm_unified.batch.jobs.ledger import Counts, Outcome
 from vllm_unified.batch.jobs.on_ray import Recipe, beside_us, join_cluster
 from vllm_unified.batch.jobs.plan import Job, Settled, shared_params
-from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary, JobStoppedError
+from vllm_unified.batch.jobs.summary import (
+    BatchProgress,
+    BatchSummary,
+    JobStoppedError,
+    summary_of,
+)
 from vllm_unified.batch.requests import RequestMaker
 from vllm_unified.errors import BatchFileError, ConfigurationError, VllmError
 
@@ -371,16 +376,10 @@ class _Run:
         )
 
     def _summary(self) -> BatchSummary:
-        counts = self._counts
-        return BatchSummary(
+        return summary_of(
+            self._counts,
             output=self._job.output,
-            rows=counts.rows,
-            failed=counts.failed,
-            unasked=counts.unasked,
-            cut=counts.cut,
             resumed=self._before.rows,
-            prompt_tokens=counts.prompt_tokens,
-            completion_tokens=counts.completion_tokens,
             seconds=time.monotonic() - self._began,
             ledger=self._plan.ledger.folder.name,
         )

@@ -24,7 +24,12 @@ from vllm_unified.batch.jobs.ledger import Counts, Entry, Ledger, Outcome
 from vllm_unified.batch.jobs.output import changed_input, row_digest
 from vllm_unified.batch.jobs.plan import Job, Plan, Settled
 from vllm_unified.batch.jobs.question import bare
-from vllm_unified.batch.jobs.summary import BatchProgress, BatchSummary, JobStoppedError
+from vllm_unified.batch.jobs.summary import (
+    BatchProgress,
+    BatchSummary,
+    JobStoppedError,
+    summary_of,
+)
 from vllm_unified.batch.jobs.workers import Feed, Hand
 from vllm_unified.errors import (
     BadRequestError,
@@ -382,15 +387,10 @@ class _Run:
     def _summary(self) -> BatchSummary:
         ledger = self._plan.ledger
         counts = self._ledger.counts if self._ledger is not None else Counts()
-        return BatchSummary(
+        return summary_of(
+            counts,
             output=self._job.output,
-            rows=counts.rows,
-            failed=counts.failed,
-            unasked=counts.unasked,
-            cut=counts.cut,
             resumed=self._before.rows,
-            prompt_tokens=counts.prompt_tokens,
-            completion_tokens=counts.completion_tokens,
             seconds=time.monotonic() - self._began,
             ledger=None if ledger is None else str(ledger),
         )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from vllm_unified.errors import VllmError
+
+if TYPE_CHECKING:
+    from vllm_unified.batch.jobs.ledger import Counts
 
 
 class BatchProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +76,24 @@ class BatchSummary(msgspec.Struct, frozen=True, kw_only=True):
     def answered(self) -> int:
         """Rows with an answer."""
         return self.rows - self.failed
+
+
+def summary_of(
+    counts: Counts, *, output: str, resumed: int, seconds: float, ledger: str | None
+) -> BatchSummary:
+    """What rows add up to, as the summary of a run."""
+    return BatchSummary(
+        output=output,
+        rows=counts.rows,
+        failed=counts.failed,
+        unasked=counts.unasked,
+        cut=counts.cut,
+        resumed=resumed,
+        prompt_tokens=counts.prompt_tokens,
+        completion_tokens=counts.completion_tokens,
+        seconds=seconds,
+        ledger=ledger,
+    )
 
 
 class JobStoppedError(VllmError):
