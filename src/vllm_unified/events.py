@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, ClassVar
 
 import msgspec
@@ -175,10 +175,8 @@ class Events:
 
     def __init__(self) -> None:
         self._handlers: dict[str, tuple[Handler, ...]] = {}
-
-    def wanted(self, name: str) -> bool:
-        """Whether anybody listens; an event is only made if so."""
-        return name in self._handlers
+        self.wanted: Container[str] = self._handlers.keys()
+        """The names that anybody listens to; other events need not be made."""
 
     def on(self, name: str, handler: Handler) -> None:
         """Call ``handler(event)`` for every event of this name.

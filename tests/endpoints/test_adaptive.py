@@ -320,6 +320,46 @@ def test_from_64_to_256_takes_few_round_trips() -> None:
     assert now <= 6
 
 
+class Caller:
+    """Who spends a share of the time working, and asks a server that takes any number at once."""
+
+    def __init__(self, limit_of: Callable[[Callable[[], float]], AdaptiveLimit]) -> None:
+        self.now = self.worked = 0.0
+        self.limit = limit_of(lambda: self.worked)
+
+    def work(self, answers: int, *, share: float, waiting: bool = True) -> None:
+        """Get so many answers, a millisecond each."""
+        for _ in range(answers):
+            self.now += 0.001
+            self.worked += share * 0.001
+            in_flight = self.limit.capacity - (0 if waiting else 1)
+            self.limit.on_success(in_flight=in_flight, work=1, now=self.now)
+
+
+def test_what_a_caller_without_time_to_spare_sees_is_not_the_server() -> None:
+    caller = Caller(lambda cpu_time: AdaptiveLimit(CEILING, cpu_time=cpu_time))
+
+    caller.work(5000, share=0.95)
+    busy = caller.limit.capacity
+    caller.work(200_000, share=0.95)
+    still_busy = caller.limit.capacity
+    caller.work(200_000, share=0.3)
+
+    assert busy == still_busy == 256  # nobody stands in line for nothing
+    assert caller.limit.capacity < 64  # the same from a server that has no more to give
+
+
+def test_a_busy_caller_goes_no_higher_than_was_found_to_be_good() -> None:
+    caller = Caller(lambda cpu_time: AdaptiveLimit(CEILING, cpu_time=cpu_time))
+    caller.work(200_000, share=0.3)
+    caller.limit.on_overload(in_flight=caller.limit.capacity)
+    found = caller.limit.capacity
+
+    caller.work(200_000, share=0.95)
+
+    assert caller.limit.capacity <= found
+
+
 @pytest.mark.parametrize("factor", [3, 1000])
 def test_the_pace_of_the_server_makes_no_difference(factor: int) -> None:
     def capacities(token: float) -> Iterator[int]:
@@ -372,7 +412,7 @@ def test_but_not_where_the_server_is_known() -> None:
     refused, restarted, measured = (AdaptiveLimit(CEILING) for _ in range(3))
     refuse(refused, 1, in_flight=64)
     restarted.restart()
-    Client(Server(256), measured).closed_loop(70, callers=64)
+    Client(Server(256), measured).closed_loop(1000, callers=64)
 
     for limit in (refused, restarted, measured):
         before = limit.capacity

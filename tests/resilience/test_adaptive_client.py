@@ -57,6 +57,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Coroutine[Any, An
     """Runs a coroutine in virtual time."""
     clock = VirtualTime()
     monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(time, "thread_time", lambda: 0.0)
     random.seed(1)
     with asyncio.Runner(loop_factory=partial(asyncio.SelectorEventLoop, clock)) as runner:
         yield runner.run

@@ -305,6 +305,10 @@ class Clock:
         """The time of day that is shown."""
         return 1.78e9 + self.now
 
+    def thread_time(self) -> float:
+        """The thread does nothing that takes time."""
+        return 0.0
+
 
 def stop_time(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock for endpoints and fleets; the event loop keeps its own."""

@@ -487,6 +487,60 @@ class TestRequests:
         assert server.connections == 1
 
 
+class TestDepartures:
+    async def test_requests_of_one_turn_leave_when_all_of_them_are_made(
+        self, transport: HttpTransport, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        server.always(OK)
+        await asyncio.gather(*(body_of(transport, server) for _ in range(3)))
+        steps = []
+        for name in ("send", "depart"):
+            done = getattr(connection.Connection, name)
+
+            def noting(*args: Any, name: str = name, done: Any = done) -> Any:
+                steps.append(name)
+                return done(*args)
+
+            monkeypatch.setattr(connection.Connection, name, noting)
+
+        await asyncio.gather(*(body_of(transport, server) for _ in range(3)))
+
+        assert steps == ["send"] * 3 + ["depart"] * 3
+
+    async def test_one_that_is_left_before_it_leaves_is_never_sent(
+        self, transport: HttpTransport, server: ScriptedServer
+    ) -> None:
+        server.always(OK)
+        await body_of(transport, server)
+
+        left = asyncio.create_task(body_of(transport, server))
+        await asyncio.sleep(0)  # it has been made, and departs after this
+        await transport.close()
+
+        with pytest.raises(ClientClosedError):
+            await left
+        await asyncio.sleep(0.05)
+        assert len(server.requests) == 1
+
+    async def test_one_whose_connection_ends_before_it_leaves_is_told(
+        self, transport: HttpTransport, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        server.always(OK)
+        await body_of(transport, server)
+        depart = connection.Connection.depart
+
+        def too_late(self: connection.Connection) -> None:
+            assert self._transport is not None
+            self._transport.abort()
+            depart(self)
+
+        monkeypatch.setattr(connection.Connection, "depart", too_late)
+
+        with pytest.raises(ConnectionLostError):
+            await body_of(transport, server)
+        assert len(server.requests) == 1
+
+
 class TestNames:
     async def test_a_name_is_asked_for_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
@@ -533,7 +587,9 @@ class TestNames:
 
         connected = await dialer.dial(dialing.Place("gpu.example", 80), _Nobody())
 
-        assert await connected.send("GET", b"GET / HTTP/1.1\r\n\r\n", None).read(LIMIT) == b"fine"
+        answer = connected.send("GET", b"GET / HTTP/1.1\r\n\r\n", None)
+        connected.depart()
+        assert await answer.read(LIMIT) == b"fine"
         connected.abort()
 
     def test_ipv6_addresses_stand_in_brackets(self) -> None:

@@ -16,6 +16,7 @@ away, and the better of the two is kept. What was taken from where:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 EARNED = 0.15
 """Elasticity of throughput that a higher capacity must show: twice the capacity is kept for 11 %
@@ -43,6 +44,9 @@ RESTART_CAPACITY = 4
 WIDEST_START = 256
 """vLLM's default ``max_num_seqs`` on most hardware: with more, requests only wait there until the
 server was found to take them. A ceiling in the thousands is no reason to begin with as many."""
+BUSY_SHARE = 0.8
+"""Of a window that the caller's thread spent working; with more, the window shows how fast the
+caller is, and not the server."""
 QUEUE_SHARE = 0.1
 """Waiting requests, as a share of the running ones, that are more than passing through."""
 
@@ -59,6 +63,8 @@ class AdaptiveLimit:
     __slots__ = (
         "_answers",
         "_climb",
+        "_cpu_since",
+        "_cpu_time",
         "_due",
         "_fresh",
         "_goal",
@@ -102,8 +108,13 @@ class AdaptiveLimit:
     """When the window began; it does not end before ``_due``. In monotonic seconds."""
     _due: float
 
-    def __init__(self, ceiling: int, *, initial: int = 64) -> None:
+    def __init__(
+        self, ceiling: int, *, initial: int = 64, cpu_time: Callable[[], float] = lambda: 0.0
+    ) -> None:
         """Starts at ``initial``, or at ``ceiling`` if that is less.
+
+        Args:
+            cpu_time: Seconds that the caller's thread has worked so far.
 
         Raises:
             ValueError: one of them is less than 1.
@@ -111,6 +122,7 @@ class AdaptiveLimit:
         if ceiling < 1 or initial < 1:
             raise ValueError(f"a capacity is at least 1: ceiling={ceiling}, initial={initial}")
         self._climb = _Climb(min(initial, ceiling), ceiling)
+        self._cpu_time = cpu_time
         self.capacity = self._climb.base
         self._fresh = True
         self._goal = 0
@@ -222,20 +234,31 @@ class AdaptiveLimit:
         """Whether half of this window's answers came while fewer were in flight than may be."""
         return 2 * self._slack >= self._answers - self._left
 
+    def _is_caller_busy(self, now: float) -> bool:
+        """Whether the server could have done more in this window than it was asked for."""
+        return self._cpu_time() - self._cpu_since > BUSY_SHARE * (now - self._since)
+
     def _end_window(self, in_flight: int, now: float) -> None:
         if self._is_short():
             return
-        self._fresh = False
         if self._goal:
             self._grow_back(in_flight)
         elif not self._measuring:
             self._measure(now)
         elif self._has_room:
-            self._climb.give_up_probe()
-            self._climb.forget()
-            self._move(self._climb.base, in_flight)
+            self._learn_nothing(in_flight)
+        elif self._is_caller_busy(now):
+            self._learn_nothing(in_flight)
+            # To stand in line takes time of the caller's, who has none left.
+            self.widen(WIDEST_START)
         else:
+            self._fresh = False
             self._go_on(self._climb.next(self._work / (now - self._since)), in_flight, now)
+
+    def _learn_nothing(self, in_flight: int) -> None:
+        self._climb.give_up_probe()
+        self._climb.forget()
+        self._move(self._climb.base, in_flight)
 
     def _is_short(self) -> bool:
         """Whether to count on, because work is less even than was known when this began."""
@@ -298,6 +321,7 @@ class AdaptiveLimit:
         self._measuring = True
         self._refused = False
         self._since = now
+        self._cpu_since = self._cpu_time()
         self._begin(0, due=now + SHORTEST_WINDOW)
 
     def _begin(self, surplus: int, *, due: float) -> None:

@@ -43,7 +43,7 @@ class Call:
         self.attempts: list[Attempt] = []
         self.cell: StatsCell | None = None
         """Where the numbers of the last attempt are kept, also when its endpoint is removed."""
-        self.continuations: list[ContinuationNote] = []
+        self.continuations: tuple[ContinuationNote, ...] = ()
         self.endpoint: Endpoint | None = None
         """Of the attempt that began last."""
         self.meant_for: str | None = None
@@ -141,7 +141,7 @@ class Call:
             duration=time.monotonic() - self.started,
             time_to_first_token=time_to_first_token,
             attempts=tuple(self.attempts),
-            continuations=tuple(self.continuations),
+            continuations=self.continuations,
         )
 
     def complete_error(self, error: VllmError) -> VllmError:

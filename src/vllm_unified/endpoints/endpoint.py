@@ -55,7 +55,9 @@ class Endpoint:
         self.weight = config.weight
         self.in_flight = 0
         """Requests that are there now, of this client."""
-        self.limit = AdaptiveLimit(settings.max_concurrent_requests)
+        self.limit = AdaptiveLimit(
+            settings.max_concurrent_requests, cpu_time=time.thread_time
+        )
         self.backoff = Backoff()
         self.breaker = CircuitBreaker(config.circuit_breaker, changed=self._tell)
         self.quota = (
@@ -239,6 +241,9 @@ class Endpoint:
 
     def watch(self) -> None:
         """Tell who waits that a request may fit in now; who gets a place is the last one next."""
+        if len(self.watchers) == 1:
+            self.watchers[0]()
+            return
         for watcher in tuple(self.watchers):
             before = self.in_flight
             watcher()
@@ -294,11 +299,11 @@ class Endpoint:
     def _tell(self, state: State) -> None:
         self._look()
         events = self._events
-        if state == "open" and events.wanted("circuit_open"):
+        if state == "open" and "circuit_open" in events.wanted:
             events.emit(CircuitOpenEvent(endpoint=self.id, error=self.error))
-        elif state == "half_open" and events.wanted("circuit_half_open"):
+        elif state == "half_open" and "circuit_half_open" in events.wanted:
             events.emit(CircuitHalfOpenEvent(endpoint=self.id))
-        elif state == "closed" and events.wanted("circuit_closed"):
+        elif state == "closed" and "circuit_closed" in events.wanted:
             events.emit(CircuitClosedEvent(endpoint=self.id))
 
     def __repr__(self) -> str:

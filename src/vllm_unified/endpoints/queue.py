@@ -257,6 +257,8 @@ class RequestQueue(Generic[T]):
         return f"<RequestQueue {self._waiting} waiting>"
 
     def _first(self) -> _PriorityClass[T] | None:
+        if len(self._classes) == 1:
+            return next(iter(self._classes.values()))
         first, lowest = None, math.inf
         for each in self._classes.values():
             rank = each.handicap + each.turns[0]

@@ -205,7 +205,7 @@ class Fleet:
             try:
                 if self.adapters is not None:
                     await self.adapters.prepare(self, call)
-                slot = await self._line.slot(call)
+                slot = self._line.take(call) or await self._line.wait(call)
                 call.begin_attempt(slot.endpoint, slot.since)
                 self.cell(call).attempt(retry=failed > 0)
                 if call.settings.attempt_timeout is None:
@@ -269,7 +269,7 @@ class Fleet:
         endpoints = self._router.endpoints
         if len(endpoints) == 1:
             call.meant_for = endpoints[0].url
-        if self._events.wanted("request_start"):
+        if "request_start" in self._events.wanted:
             self._events.emit(
                 RequestStartEvent(
                     request_id=call.request_id, path=call.request.path, model=call.request.model
@@ -305,9 +305,9 @@ class Fleet:
             prompt_tokens=0 if usage is None else usage.prompt_tokens,
             completion_tokens=0 if usage is None else usage.completion_tokens,
         )
-        if isinstance(error, QueueFullError) and self._events.wanted("queue_full"):
+        if isinstance(error, QueueFullError) and "queue_full" in self._events.wanted:
             self._events.emit(QueueFullEvent(request_id=call.request_id, error=error))
-        if self._events.wanted("request_end"):
+        if "request_end" in self._events.wanted:
             self._events.emit(
                 RequestEndEvent(
                     request_id=call.request_id,
@@ -323,15 +323,14 @@ class Fleet:
     def continued(self, call: Call, lost: Endpoint, tokens: int, error: VllmError) -> None:
         """A stream lost this endpoint after so many tokens, and went on where it is now."""
         assert call.endpoint is not None
-        call.continuations.append(
-            ContinuationNote(
-                from_endpoint=lost.url,
-                to_endpoint=call.endpoint.url,
-                tokens=tokens,
-                reason=call.words(error),
-            )
+        note = ContinuationNote(
+            from_endpoint=lost.url,
+            to_endpoint=call.endpoint.url,
+            tokens=tokens,
+            reason=call.words(error),
         )
-        if self._events.wanted("stream_continued"):
+        call.continuations += (note,)
+        if "stream_continued" in self._events.wanted:
             self._events.emit(
                 StreamContinuedEvent(
                     request_id=call.request_id,
@@ -444,7 +443,7 @@ class Fleet:
         return pause
 
     def _tell_retry(self, call: Call, error: VllmError, pause: float) -> None:
-        if self._events.wanted("retry"):
+        if "retry" in self._events.wanted:
             self._events.emit(
                 RetryEvent(
                     request_id=call.request_id, endpoint=call.place, error=error, pause=pause

@@ -41,23 +41,17 @@ class Line:
     def __len__(self) -> int:
         return self._waiting
 
-    async def slot(self, call: Call) -> Slot:
-        """A slot for the call's next attempt, after its turn has come.
+    def take(self, call: Call) -> Slot | None:
+        """A slot for the call's next attempt, if it need not wait for one.
 
         Raises:
-            QueueFullError: as many wait as may, and its turn would be after all of theirs, or
-                later those of others came before it.
-            QueueTimeoutError: it waited for ``queue_timeout``.
             CircuitOpenError: every endpoint is shut out.
         """
+        if call.request.model in self._queues:
+            return None
         now = time.monotonic()
-        if call.request.model not in self._queues:
-            free = self._router.free(call.request, now)
-            if free:
-                return self._router.take(call, free, now)
-        if self._waiting >= self._queue_size and not self._make_room(call):
-            raise QueueFullError(f"the queue is full: {self.state(call)}")
-        return await self._wait(call, now)
+        free = self._router.free(call.request, now)
+        return self._router.take(call, free, now) if free else None
 
     def _make_room(self, call: Call) -> bool:
         """Turn away whose turn is last, if that is after this call's; whether it was."""
@@ -73,10 +67,23 @@ class Line:
             waiter.turn.set_exception(QueueFullError(f"the queue is full: {state}"))
         return True
 
-    async def _wait(self, call: Call, now: float) -> Slot:
+    async def wait(self, call: Call) -> Slot:
+        """A slot for the call's next attempt, after its turn has come.
+
+        Raises:
+            QueueFullError: as many wait as may, and its turn would be after all of theirs, or
+                later those of others came before it.
+            QueueTimeoutError: it waited for ``queue_timeout``.
+            CircuitOpenError: every endpoint is shut out.
+        """
+        if self._waiting >= self._queue_size and not self._make_room(call):
+            raise QueueFullError(f"the queue is full: {self.state(call)}")
+        now = time.monotonic()
         turn: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
         model = call.request.model
-        queue = self._queues.setdefault(model, RequestQueue())
+        queue = self._queues.get(model)
+        if queue is None:
+            queue = self._queues[model] = RequestQueue()
         ticket = queue.push(
             _Waiter(call, turn),
             priority=call.request.priority,
@@ -84,10 +91,12 @@ class Line:
             since=call.started,
         )
         self._waiting += 1
-        self.serve()
+        if not self._router.is_plain:
+            self.serve()  # whoever needs less of a quota may go, or there is a time to come back
         call.waiting = True
+        seconds = call.settings.queue_timeout
         try:
-            slot = await self._turn(call, turn)
+            slot = await turn if seconds is None else await self._turn(call, turn, seconds)
         except BaseException as error:
             # A deadline cancels, and is then asked for its reason.
             call.waiting = isinstance(error, asyncio.CancelledError)
@@ -102,10 +111,7 @@ class Line:
         call.waiting = False
         return slot
 
-    async def _turn(self, call: Call, turn: asyncio.Future[Slot]) -> Slot:
-        seconds = call.settings.queue_timeout
-        if seconds is None:
-            return await turn
+    async def _turn(self, call: Call, turn: asyncio.Future[Slot], seconds: float) -> Slot:
         try:
             async with asyncio.timeout(seconds):
                 return await turn
@@ -168,6 +174,8 @@ class Line:
     def _set_alarm(self, now: float) -> None:
         """Come back when a server may be sent to again; all but time tells by itself."""
         self.cancel_alarm()
+        if self._router.is_plain:
+            return
         roomy = [
             each
             for each in self._router.endpoints

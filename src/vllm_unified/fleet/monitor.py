@@ -183,14 +183,14 @@ class Monitor:
         endpoint.recover()
         if endpoint.id in self._unhealthy:
             self._unhealthy.discard(endpoint.id)
-            if self._events.wanted("endpoint_recovered"):
+            if "endpoint_recovered" in self._events.wanted:
                 self._events.emit(EndpointRecoveredEvent(endpoint=endpoint.id))
 
     def _is_dead(self, endpoint: Endpoint, error: VllmError) -> None:
         endpoint.shut_out(error)
         if endpoint.id not in self._unhealthy:
             self._unhealthy.add(endpoint.id)
-            if self._events.wanted("endpoint_unhealthy"):
+            if "endpoint_unhealthy" in self._events.wanted:
                 self._events.emit(EndpointUnhealthyEvent(endpoint=endpoint.id, error=error))
 
     async def _ask_models(self, endpoint: Endpoint) -> None:

@@ -31,6 +31,11 @@ class Router:
         self._enough: int = getattr(self._strategy, "enough", None) or sys.maxsize
         self._next_trial: dict[str, float] = {}
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but the members' capacity decides who may send."""
+        return all(each.is_plain for each in self.endpoints)
+
     def add(self, endpoint: Endpoint) -> None:
         """Take a member in."""
         self.endpoints.append(endpoint)

@@ -143,7 +143,7 @@ class GenerationStream(Generic[R]):
             )
         result = self._assembler.result(self._metadata)
         if self._continuation is not None and self._call.continuations:
-            notes = tuple(self._call.continuations)
+            notes = self._call.continuations
             metadata = msgspec.structs.replace(self._metadata, continuations=notes)
             usage = self._continuation.usage
             result = msgspec.structs.replace(result, usage=usage, metadata=metadata)

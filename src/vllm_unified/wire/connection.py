@@ -101,7 +101,8 @@ class HttpResponse:
             raise self._error
         if self._waiter is not None and not self._waiter.done():
             raise ConnectionLostError("two tasks read one answer")
-        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        assert self._connection is not None
+        waiter = self._waiter = self._connection.loop.create_future()
         return waiter
 
     async def packet(self) -> bytes:
@@ -147,7 +148,8 @@ class HttpResponse:
     def add(self, packets: list[bytes]) -> None:
         """Some of the body has come."""
         self._packets += packets
-        self._held += sum(map(len, packets))
+        for packet in packets:
+            self._held += len(packet)
 
     @property
     def is_wanted(self) -> bool:
@@ -163,8 +165,7 @@ class HttpResponse:
         """All of it has come, with these packets."""
         self._connection = None
         if packets:
-            self._packets += packets
-            self._held += sum(map(len, packets))
+            self.add(packets)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -198,13 +199,14 @@ class Connection(asyncio.Protocol):
         "_is_reusable",
         "_is_whole",
         "_keeper",
-        "_loop",
         "_packets",
         "_parser",
         "_response",
         "_size",
         "_transport",
+        "_unsent",
         "idle_since",
+        "loop",
         "on_body",
         "on_header",
     )
@@ -213,8 +215,9 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
         """By the loop's clock, in seconds."""
         self._keeper = keeper
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self._unsent: tuple[bytes, ...] = ()
         self._response: HttpResponse | None = None
         # The parser calls these methods of built-in types, which takes no time in Python.
         self._fields: dict[bytes, bytes] = {}
@@ -226,7 +229,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
 
     def send(self, method: str, head: bytes, body: bytes | None) -> HttpResponse:
-        """Send a request, head and all; what will be its answer."""
+        """Take a request, head and all, to be sent by :meth:`depart`; what will be its answer."""
         response = HttpResponse(self)
         if self._transport is None:  # it was closed as soon as it was made
             response.fail(*_loss(None, response))
@@ -239,13 +242,20 @@ class Connection(asyncio.Protocol):
         self._size = 0
         self._is_reusable = True
         if body is None:
-            self._transport.write(head)
+            self._unsent = (head,)
         elif len(body) <= _JOINED_BYTES:
-            self._transport.write(head + body)
+            self._unsent = (head + body,)
         else:
-            self._transport.write(head)
-            self._transport.write(body)
+            self._unsent = (head, body)
         return response
+
+    def depart(self) -> None:
+        """Send what was taken, if it is still wanted."""
+        unsent, self._unsent = self._unsent, ()
+        transport = self._transport
+        if self._response is not None and transport is not None and not transport.is_closing():
+            for data in unsent:
+                transport.write(data)
 
     def is_usable(self, now: float, longest: float) -> bool:
         """Whether a request can be sent; it cannot if it was idle for ``longest`` seconds."""
@@ -362,7 +372,7 @@ class Connection(asyncio.Protocol):
             self._is_reusable = False
         response.status = status
         fields = self._fields
-        response.fields = dict(zip(map(bytes.lower, fields), fields.values(), strict=True))
+        response.fields = {name.lower(): value for name, value in fields.items()}
         if self._is_bodiless:
             self._is_reusable = False
             self._is_whole = True
@@ -393,12 +403,14 @@ class Connection(asyncio.Protocol):
 
     def _finish(self, response: HttpResponse) -> None:
         self._response = None
-        response.end(self._packets[: self._size])
-        self._packets.clear()  # also of what came after the end
+        packets = self._packets
+        del packets[self._size :]  # what came after the end
+        response.end(packets)
+        packets.clear()
         transport = self._transport
         assert transport is not None
         if self._is_reusable and not self._is_congested and not transport.is_closing():
-            self.idle_since = self._loop.time()
+            self.idle_since = self.loop.time()
             self._keeper.give_back(self)
         else:
             transport.abort()

@@ -122,6 +122,7 @@ class Dialer:
         if authorization:
             head += f"Proxy-Authorization: {authorization}\r\n"
         answer = outer.send("CONNECT", f"{head}\r\n".encode(), None)
+        outer.depart()
         try:
             while not answer.status:
                 await answer.more()

@@ -48,7 +48,7 @@ class _Route(msgspec.Struct, frozen=True):
     headers: dict[str, str]
     """Which the caller's take precedence over."""
     lines: str
-    """The same, ready to be sent, without the last line's end."""
+    """The same, ready to be sent."""
 
 
 class HttpTransport:
@@ -68,6 +68,8 @@ class HttpTransport:
         self._pools: dict[Place, Pool] = {}
         self._routes: dict[str, _Route] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._departing: list[Connection] = []
+        """Whose requests are to be sent."""
         self._closed = False
 
     async def open(
@@ -83,6 +85,7 @@ class HttpTransport:
         if connection is None:
             connection = await self._connect(route.pool)
         response = connection.send(method, head, body)
+        self._depart_soon(connection)
         try:
             while not response.status:
                 await response.more()
@@ -109,6 +112,19 @@ class HttpTransport:
                 hint="Make one client for each asyncio.run(), or use the blocking VllmUnified.",
             )
         self._loop = asyncio.get_running_loop()
+
+    def _depart_soon(self, connection: Connection) -> None:
+        """Send its request with all others of this turn of the loop. A server that waits for work
+        is woken by the first, and still awake when the others come; woken for each, it costs as
+        much as everything else that is done for a request."""
+        if not self._departing:
+            connection.loop.call_soon(self._depart)
+        self._departing.append(connection)
+
+    def _depart(self) -> None:
+        departing, self._departing = self._departing, []
+        for connection in departing:
+            connection.depart()
 
     async def _connect(self, pool: Pool) -> Connection:
         connection = await pool.connect()
@@ -174,21 +190,23 @@ def _target(path: str) -> str:
 
 
 def _lines(headers: Mapping[str, str]) -> str:
-    return "\r\n".join(map(": ".join, headers.items()))
+    """What stands between the request line and the blank line.
+
+    Raises:
+        ConfigurationError: a header has a line break in it.
+    """
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
+        raise ConfigurationError("a header has a line break in it, and cannot be sent")
+    return lines
 
 
 def _head(method: str, route: _Route, headers: Mapping[str, str], body: bytes | None) -> bytes:
-    own = route.lines
-    if not _USUAL_HEADERS.issuperset(headers):
-        own = _own_lines(route, headers)
-    given = map(": ".join, headers.items())
-    lines = "\r\n".join([own, *given] if own else given)
-    breaks = (own.count("\n") + 1 if own else 0) + len(headers) - 1
-    if lines.count("\n") != breaks or lines.count("\r") != breaks:
-        raise ConfigurationError("a header has a line break in it, and cannot be sent")
+    own = route.lines if _USUAL_HEADERS.issuperset(headers) else _own_lines(route, headers)
     length = "" if body is None else f"Content-Length: {len(body)}\r\n"
+    head = f"{method} {route.target} HTTP/1.1\r\n{own}{_lines(headers)}{length}\r\n"
     try:
-        return f"{method} {route.target} HTTP/1.1\r\n{lines}\r\n{length}\r\n".encode()
+        return head.encode()
     except UnicodeEncodeError as error:
         raise ConfigurationError(f"a header cannot be sent: {error.reason}") from None
 

@@ -147,7 +147,7 @@ class Keeper:
             await self._check(site, adapter)
         was_there = await site.bring(adapter)
         self.registry.remember_content(site.url, adapter, content)
-        if not was_there and self._directory.events.wanted("adapter_loaded"):
+        if not was_there and "adapter_loaded" in self._directory.events.wanted:
             self._directory.events.emit(
                 AdapterLoadedEvent(adapter=adapter.name, path=adapter.path, endpoint=site.id)
             )
@@ -191,7 +191,7 @@ class Keeper:
     async def _drop(self, site: Site, name: str) -> bool:
         card = loaded_adapters(await site.cards()).get(name)
         was_there = await site.unload(name) if card is not None else False
-        if card is not None and self._directory.events.wanted("adapter_unloaded"):
+        if card is not None and "adapter_unloaded" in self._directory.events.wanted:
             self._directory.events.emit(
                 AdapterUnloadedEvent(adapter=name, path=card.root or "", endpoint=site.id)
             )
@@ -374,7 +374,7 @@ class Keeper:
         self, registration: Registration, site: Site, error: VllmError | None = None
     ) -> None:
         """Say once that a server has lost it, and once why it cannot be loaded again."""
-        if registration.mourn(site.url, error) and self._directory.events.wanted("adapter_lost"):
+        if registration.mourn(site.url, error) and "adapter_lost" in self._directory.events.wanted:
             self._directory.events.emit(
                 AdapterLostEvent(
                     adapter=registration.name,
