@@ -55,9 +55,7 @@ class Endpoint:
         self.weight = config.weight
         self.in_flight = 0
         """Requests that are there now, of this client."""
-        self.limit = AdaptiveLimit(
-            settings.max_concurrent_requests, cpu_time=time.thread_time
-        )
+        self.limit = AdaptiveLimit(settings.max_concurrent_requests, cpu_time=time.thread_time)
         self.backoff = Backoff()
         self.breaker = CircuitBreaker(config.circuit_breaker, changed=self._tell)
         self.quota = (
