@@ -66,10 +66,10 @@ class Unified:
             async for chunk in chunks:
                 yield chunk.text
 
-    async def batch(self, count: int) -> int:
-        """Answers to so many prompts."""
+    async def batch(self, count: int, pack: int | None) -> int:
+        """Answers to so many prompts, ``pack`` of them in a request."""
         prompts = [f"Tell me a short story about the number {number}" for number in range(count)]
-        return len(await self.client.batch(prompts, max_tokens=MAX_TOKENS))
+        return len(await self.client.batch(prompts, max_tokens=MAX_TOKENS, pack=pack))
 
     async def close(self) -> None:
         await self.client.close()

@@ -3,8 +3,8 @@
     python -m benchmarks.peers.load KIND CORE WINDOW PATIENCE PORT...
 
 The first port is the one with long answers. A load is so many tasks, or threads, that ask in turn.
-It counts from when each of them was answered twice (or ``PATIENCE`` seconds have passed), for
-``WINDOW`` seconds. CPU time is that of the whole process, user and system.
+It counts after half a second, and when each of them was answered twice (or ``PATIENCE`` seconds
+have passed), for ``WINDOW`` seconds. CPU time is that of the whole process, user and system.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ CHATS = (1, 32, 256, 2048)
 STREAMS = (1, 64, 1024)
 LONG_AT_ONCE = 32
 BATCH = 100_000
+SETTLED = 0.5
+"""Seconds in which connections are made, and limits found."""
 
 
 class Count:
@@ -79,6 +81,7 @@ class Window:
 
     async def measure(self, count: Count, enough: int) -> dict[str, float]:
         """Wait until the load is steady, and then for the window."""
+        await asyncio.sleep(SETTLED)
         deadline = time.perf_counter() + self._patience
         while count.done < enough and time.perf_counter() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
@@ -156,10 +159,10 @@ async def under_load(load: list[Any], measuring: Any) -> dict[str, float]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def batch(client: Unified) -> dict[str, float]:
-    """A whole batch."""
+async def batch(client: Unified, pack: int | None) -> dict[str, float]:
+    """A whole batch, each prompt in a request of its own or in packs."""
     cpu, began = time.process_time(), time.perf_counter()
-    done = await client.batch(BATCH)
+    done = await client.batch(BATCH, pack)
     seconds = time.perf_counter() - began
     return {"rate": done / seconds, "cpu": (time.process_time() - cpu) / done}
 
@@ -185,8 +188,11 @@ async def run(name: str, window: Window, ports: list[int]) -> None:
         # One server gets as many at once as it was found to take, and a fixed one tells nothing.
         ("memory", ports[1:], lambda client: stream_memory(client, STREAMS[-1])),
     ]
-    if name == "unified-fleet":
-        loads.append(("batch", usual, batch))
+    if name in ("unified", "unified-fleet"):
+        loads += [
+            ("batch", usual, lambda client: batch(client, 1)),
+            ("batch-packed", usual, lambda client: batch(client, None)),
+        ]
     for scenario, chosen, load in loads:
         client = kind.make(chosen)
         try:

@@ -214,6 +214,7 @@ class Batching:
         on_error: Literal["raise"] = "raise",
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> list[str]: ...
 
@@ -228,6 +229,7 @@ class Batching:
         on_error: Literal["return"],
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> list[str | VllmError]: ...
 
@@ -242,6 +244,7 @@ class Batching:
         on_error: OnError,
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> list[str | VllmError]: ...
 
@@ -255,6 +258,7 @@ class Batching:
         on_error: OnError = "raise",
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> Any:
         """The texts that answer many prompts, in order; arguments as for :meth:`stream_batch`.
@@ -268,7 +272,9 @@ class Batching:
             BatchError: some failed; has the answers of the others. Or all of it was given up.
         """
         shared = {"model": model, **(params or {}), **more}
-        stream = self.stream_batch(prompts, shared, endpoint_url=endpoint_url, patience=patience)
+        stream = self.stream_batch(
+            prompts, shared, endpoint_url=endpoint_url, patience=patience, pack=pack
+        )
         return await collect_texts(stream, prompts, on_error=on_error, on_progress=on_progress)
 
     @overload
@@ -282,6 +288,7 @@ class Batching:
         on_error: Literal["raise"] = "raise",
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> BatchResult[str]: ...
 
@@ -296,6 +303,7 @@ class Batching:
         on_error: Literal["return"],
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> BatchResult[str | VllmError]: ...
 
@@ -310,6 +318,7 @@ class Batching:
         on_error: OnError,
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> BatchResult[str | VllmError]: ...
 
@@ -323,11 +332,14 @@ class Batching:
         on_error: OnError = "raise",
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> Any:
         """The texts of :meth:`process_batch`, and what they took: time, tokens, requests."""
         shared = {"model": model, **(params or {}), **more}
-        stream = self.stream_batch(prompts, shared, endpoint_url=endpoint_url, patience=patience)
+        stream = self.stream_batch(
+            prompts, shared, endpoint_url=endpoint_url, patience=patience, pack=pack
+        )
         texts = await collect_texts(stream, prompts, on_error=on_error, on_progress=on_progress)
         return BatchResult(texts=texts, metrics=stream.metrics)
 

@@ -715,6 +715,7 @@ class VllmUnified:
         on_error: Literal["raise"] = "raise",
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> list[str]: ...
 
@@ -729,6 +730,7 @@ class VllmUnified:
         on_error: Literal["return"],
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> list[str | VllmError]: ...
 
@@ -743,6 +745,7 @@ class VllmUnified:
         on_error: OnError,
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> list[str | VllmError]: ...
 
@@ -756,6 +759,7 @@ class VllmUnified:
         on_error: OnError = "raise",
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> Any:
         """The texts that answer many prompts, in order; arguments as for :meth:`stream_batch`.
@@ -778,6 +782,7 @@ class VllmUnified:
                 on_error=on_error,
                 on_progress=on_progress,
                 patience=patience,
+                pack=pack,
                 **more,
             ),
             prompts,
@@ -794,6 +799,7 @@ class VllmUnified:
         on_error: Literal["raise"] = "raise",
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> BatchResult[str]: ...
 
@@ -808,6 +814,7 @@ class VllmUnified:
         on_error: Literal["return"],
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> BatchResult[str | VllmError]: ...
 
@@ -822,6 +829,7 @@ class VllmUnified:
         on_error: OnError,
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> BatchResult[str | VllmError]: ...
 
@@ -835,6 +843,7 @@ class VllmUnified:
         on_error: OnError = "raise",
         on_progress: Callable[[int], object] | None = None,
         patience: float | None = None,
+        pack: int | None = None,
         **more: Any,
     ) -> Any:
         """The texts of :meth:`process_batch`, and what they took: time, tokens, requests."""
@@ -848,6 +857,7 @@ class VllmUnified:
                 on_error=on_error,
                 on_progress=on_progress,
                 patience=patience,
+                pack=pack,
                 **more,
             ),
             prompts,

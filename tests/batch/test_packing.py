@@ -154,6 +154,15 @@ class TestPacks:
         assert figures.succeeded == len(prompts)
 
     @pytest.mark.parametrize("kind", KINDS)
+    async def test_can_be_set_for_a_list_of_texts_too(self, kind: Kind, url: str) -> None:
+        async with make_client(kind, api_url=url) as vllm:
+            packed = await vllm.process_batch_with_metrics(None, PROMPTS, "sim", PARAMS, pack=8)
+            texts = await vllm.batch(PROMPTS, pack=1, model="sim", **PARAMS)
+
+        assert packed.texts == texts
+        assert packed.metrics.requests == -(-len(PROMPTS) // 8)
+
+    @pytest.mark.parametrize("kind", KINDS)
     async def test_only_a_poisoned_prompt_fails(self, kind: Kind, url: str) -> None:
         """One in each pack."""
         poisoned = set(range(3, len(PROMPTS), 8))

@@ -39,7 +39,7 @@ class Call:
     def __init__(self, request: WireRequest, settings: Settings) -> None:
         self.request = request
         self.settings = settings
-        self.request_id = request.request_id or f"{getrandbits(96):024x}"
+        self.request_id = request.request_id or getrandbits(96).to_bytes(12).hex()
         self.attempts: list[Attempt] = []
         self.cell: StatsCell | None = None
         """Where the numbers of the last attempt are kept, also when its endpoint is removed."""
