@@ -49,15 +49,16 @@ async def collect_texts(
     done, stopped = 0, None
     async with stream:
         try:
-            async for answer in stream:
-                index, done = answer.index, done + 1
-                if index >= len(texts):
-                    texts += [None] * (index + 1 - len(texts))
-                if answer.error is not None:
-                    errors[index] = answer.error
-                texts[index] = answer.text if answer.error is None else answer.error
-                if on_progress is not None:
-                    on_progress(done)
+            while ready := await stream.read_ready():
+                for answer in ready:
+                    index, done = answer.index, done + 1
+                    if index >= len(texts):
+                        texts += [None] * (index + 1 - len(texts))
+                    if answer.error is not None:
+                        errors[index] = answer.error
+                    texts[index] = answer.text if answer.error is None else answer.error
+                    if on_progress is not None:
+                        on_progress(done)
         except BatchStoppedError as given_up:
             stopped = given_up
     if stopped is not None:
