@@ -17,21 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_unified.errors import ConfigurationError
-from vllm_unified.fleet.policies import (
-    STRATEGIES,
-    Candidate,
-    LeastLoaded,
-    LowestLatency,
-    PowerOfTwo,
-    PrefixAware,
-    RoundRobin,
-    Route,
-    Session,
-    Strategy,
-    Weighted,
-    loads,
-    strategy,
-)
+from vllm_unified.fleet.affinity import PrefixAware, Session
+from vllm_unified.fleet.candidates import C, Candidate, Free, Route, Strategy
+from vllm_unified.fleet.load import LeastLoaded, LowestLatency, PowerOfTwo, loads
+from vllm_unified.fleet.policies import STRATEGIES, strategy
+from vllm_unified.fleet.turns import RoundRobin, Weighted
 
 ROUTE = Route()
 
@@ -67,6 +57,10 @@ def fleet(count: int) -> list[Server]:
     return [Server(f"s{number}") for number in range(count)]
 
 
+def is_free(candidate: Candidate) -> bool:
+    return True
+
+
 def choose(
     policy: Strategy,
     candidates: Sequence[Candidate],
@@ -75,7 +69,9 @@ def choose(
     now: float = 0.0,
     random: Random | None = None,
 ) -> str:
-    return policy.choose(candidates, route, now, (random or Random(1)).random).id
+    chosen = policy.choose(candidates, is_free, route, now, (random or Random(1)).random)
+    assert chosen is not None
+    return chosen.id
 
 
 servers = st.builds(
@@ -106,7 +102,8 @@ def test_the_chosen_is_one_of_the_candidates(
     policy, now = strategy(name), 0.0
     for candidates, route, pause in calls:
         now += pause
-        chosen = policy.choose(candidates, route, now, random.random)
+        chosen = policy.choose(candidates, is_free, route, now, random.random)
+        assert chosen is not None
         assert any(chosen is candidate for candidate in candidates)
         policy.forget(chosen.id)
 
@@ -283,8 +280,10 @@ def test_one_request_more_is_more_load(candidates: list[Server]) -> None:
 
 
 class _AtRandom:
-    def choose(self, candidates: Sequence[Candidate], route: Route, now: float, random: Any) -> Any:
-        return candidates[int(random() * len(candidates))]
+    def choose(
+        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Any
+    ) -> C | None:
+        return members[int(random() * len(members))]
 
     def forget(self, endpoint_id: str) -> None: ...
 

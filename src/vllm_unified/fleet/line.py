@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from vllm_unified.endpoints.call import Call
-from vllm_unified.endpoints.endpoint import Endpoint, Slot
+from vllm_unified.endpoints.endpoint import Slot
 from vllm_unified.endpoints.queue import RequestQueue
 from vllm_unified.errors import QueueFullError, QueueTimeoutError, VllmError
 from vllm_unified.fleet.router import Router
@@ -52,9 +52,9 @@ class Line:
         """
         now = time.monotonic()
         if call.request.model not in self._queues:
-            free = self._router.free(call.request, now)
-            if free:
-                return self._router.take(call, free, now)
+            slot = self._router.take(call, now)
+            if slot is not None:
+                return slot
         if self._waiting >= self._queue_size and not self._make_room(call):
             raise QueueFullError(f"the queue is full: {self.state(call)}")
         return await self._wait(call, now)
@@ -128,32 +128,25 @@ class Line:
 
     def _serve_next(self, model: str | None, queue: RequestQueue[_Waiter], now: float) -> bool:
         """Whether the next in this queue is served, or turned away."""
-        try:
-            free = self._router.free(queue.peek().call.request, now)
-        except VllmError as error:
-            waiter = self._next(model, queue)
-            if not waiter.turn.done():
-                waiter.turn.set_exception(error)
+        waiter = queue.peek()
+        if waiter.turn.done():  # cancelled in this turn of the loop, and still in line
+            self._next(model, queue)
             return True
-        if not free:
-            return False
-        waiter = self._next(model, queue)
-        # One that was cancelled in this turn of the loop is still in line.
-        if not waiter.turn.done():
-            self._hand_over(waiter, free, now)
-        return True
-
-    def _hand_over(self, waiter: _Waiter, free: list[Endpoint], now: float) -> None:
         try:
-            slot = self._router.take(waiter.call, free, now)
+            slot = self._router.take(waiter.call, now)
         except VllmError as error:
+            self._next(model, queue)
             waiter.turn.set_exception(error)
-            return
+            return True
+        if slot is None:
+            return False
+        self._next(model, queue)
         try:
             waiter.turn.set_result(slot)
         except BaseException:
             slot.leave()
             raise
+        return True
 
     def _next(self, model: str | None, queue: RequestQueue[_Waiter]) -> _Waiter:
         waiter = queue.pop()
