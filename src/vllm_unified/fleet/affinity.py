@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import nsmallest
 from math import log
 
 from vllm_unified.fleet.candidates import (
@@ -24,8 +23,8 @@ from vllm_unified.fleet.prefix import PrefixIndex, prefix_keys
 _FIBONACCI = 0x9E3779B97F4A7C15
 _53_BITS = 2**53 - 1
 _BUCKETS = 16_384
-"""Of sessions; as many as Redis Cluster has slots. What is remembered of each is 200 bytes."""
-_PREFERRED = 8
+"""Of sessions; as many as Redis Cluster has slots. What is remembered of each is 300 bytes."""
+_PREFERRED = 32
 """Members that a bucket's sessions go to, the first of them that has room. Where none of them has,
 all are looked at."""
 
@@ -72,9 +71,12 @@ class PrefixAware:
         candidates = neighbours(members, free, random, few)
         if not candidates:
             return None
-        count, holders = self._holders(members, free, keys, now, few)
         seen = {candidate.id for candidate in candidates}
-        candidates += [members[self._places[id]] for id in holders if id not in seen]
+        if len(members) <= ENOUGH:
+            count, holders = self._index.longest(keys, seen.__contains__, now)
+        else:
+            count, holders = self._holders(members, free, keys, now, few)
+            candidates += [members[self._places[id]] for id in holders if id not in seen]
         load = loads(candidates)
         place = self._by_prefix(candidates, load, keys, count, holders, random)
         if place is None:
@@ -158,9 +160,10 @@ class Session:
         """Of the members that are preferred, by bucket."""
         self._share = 0.0
         """Requests that a server may have, for its weight."""
-        self._uses = 0
-        """How often the share is good for, before it is counted anew: so that all members are
-        looked at once in as many uses as it takes to look at few each time."""
+        self._choices = 0
+        self._count_at = 0
+        """From which choice on the share is counted anew: so that all members are looked at once
+        in as many choices as it takes to look at a few each time."""
 
     def choose(
         self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
@@ -169,6 +172,7 @@ class Session:
         if route.session is None:
             return self._without_session.choose(members, free, route, now, random)
         bucket = stable_hash(route.session) % _BUCKETS
+        self._choices += 1
         for place in self._preferred(bucket, members):
             preferred = members[place]
             if free(preferred) and self._has_room(preferred, members, free):
@@ -177,7 +181,11 @@ class Session:
         if not candidates:
             return None
         self._count(candidates)
-        roomy = [each for each in candidates if self._is_below_bound(each)]
+        roomy = [
+            each
+            for each in candidates
+            if each.in_flight < FEW or each.in_flight < self._share * each.weight
+        ]
         return roomy[lowest(self._distances(bucket, roomy), random)]
 
     def forget(self, endpoint_id: str) -> None:
@@ -186,33 +194,29 @@ class Session:
 
     def _preferred(self, bucket: int, members: Sequence[Candidate]) -> Sequence[int]:
         if members is not self._members:
-            self._members, self._uses = members, 0
+            self._members, self._count_at = members, self._choices
             self._places.clear()
         places = self._places.get(bucket)
         if places is None:
             distances = self._distances(bucket, members)
-            places = nsmallest(_PREFERRED, range(len(members)), key=distances.__getitem__)
+            places = sorted(range(len(members)), key=distances.__getitem__)[:_PREFERRED]
             self._places[bucket] = places
         return places
 
     def _has_room(self, candidate: Candidate, members: Sequence[C], free: Free[C]) -> bool:
-        if candidate.in_flight < FEW:
+        in_flight = candidate.in_flight
+        if in_flight < FEW:
             return True
-        if self._uses <= 0:
+        if self._choices >= self._count_at:
             self._count([*filter(free, members)])
-            self._uses = len(members) // ENOUGH
-        self._uses -= 1
-        return self._is_below_bound(candidate)
+            self._count_at = self._choices + max(len(members) // ENOUGH, 1)
+        return in_flight < self._share * candidate.weight
 
     def _count(self, candidates: Sequence[Candidate]) -> None:
         """What is below the bound is never nothing: the bounds add up to more than the requests in
         flight."""
         requests = sum([candidate.in_flight for candidate in candidates]) + 1
         self._share = self._bound * requests / sum([candidate.weight for candidate in candidates])
-
-    def _is_below_bound(self, candidate: Candidate) -> bool:
-        in_flight = candidate.in_flight
-        return in_flight < FEW or in_flight < self._share * candidate.weight
 
     def _distances(self, bucket: int, candidates: Sequence[Candidate]) -> list[float]:
         """Exponentially distributed, with the weight as the rate, so the least wins by weight."""

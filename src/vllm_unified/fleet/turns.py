@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
-from itertools import accumulate
+from heapq import heappop, heappush
 
 from vllm_unified.fleet.candidates import (
     ENOUGH,
@@ -14,12 +13,12 @@ from vllm_unified.fleet.candidates import (
     Free,
     Random,
     Route,
-    lowest,
 )
 
-_GOLDEN = (5**0.5 - 1) / 2
-"""Steps of the golden ratio visit all parts of a circle alike, at any time (Weyl; Knuth, volume 3,
-6.4)."""
+_ROUNDING = 1e-9
+
+_Turn = tuple[float, float, int]
+"""A time, a random number that decides between equal ones, and whose turn it is, by place."""
 
 
 class RoundRobin:
@@ -59,68 +58,97 @@ class RoundRobin:
 
 
 class Weighted:
-    """Shares by weight, without bursts: the smooth weighted round robin of nginx (2012).
+    """Shares by weight, without bursts: earliest eligible virtual deadline first (Stoica and
+    Abdel-Wahab, 1995).
 
-    Weights are shares of each choice here, so that a choice among few candidates counts as much as
-    one among all. Every candidate stays within a few requests of the sum of its shares, however
-    the candidates change (the greedy rule of the carpool problem: Ajtai et al., "Fairness in
-    Scheduling", 1998). Of more than 16 servers, a choice is among those of 16 neighbours that are
-    free; which 16 goes by their weight, so that all shares add up to the weights.
+    A server's turns follow each other, and are as long as its weight says. Of those whose turn has
+    begun the one is chosen whose turn ends first, so that each stays within about one request of
+    its share. One that is not free when its turn comes is put aside, with what it is behind or
+    ahead, until it is: the others share what comes in the meantime. Of those that are aside, 16 are
+    looked at for each request.
     """
 
     def __init__(self) -> None:
-        self._ahead: dict[str, float] = {}
-        """Requests that a server has had beyond its share."""
         self._members: Sequence[Candidate] = ()
-        self._until: list[float] = []
-        """Sums of the members' weights, up to each of them."""
-        self._point: float | None = None
-        """Where on the line of all weights, as a part of it."""
-        self._offset = 0
+        self._behind: dict[str, float] = {}
+        """Requests that a server that is aside, or no member now, has had less than its share."""
+        self._aside: deque[int] = deque()
+        self._begins: list[float] = []
+        """When the turn of each member begins."""
+        self._coming: list[_Turn] = []
+        """Heap of turns that have not begun, by their beginning..."""
+        self._begun: list[_Turn] = []
+        """... and of those that have, by their end."""
+        self._time = 0.0
+        """Virtual: requests so far, for the weight of those that share them."""
+        self._weight = 0.0
 
     def choose(
         self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
     ) -> C | None:
-        """The candidate that is furthest behind its share."""
-        candidates = self._candidates(members, free, random)
-        if not candidates:
-            return None
-        total = sum([candidate.weight for candidate in candidates])
-        known = self._ahead
-        ahead = [known.get(each.id, 0.0) - each.weight / total for each in candidates]
-        for candidate, value in zip(candidates, ahead, strict=True):
-            known[candidate.id] = value
-        chosen = candidates[lowest(ahead, random)]
-        known[chosen.id] += 1.0
+        """Of equal ones any."""
+        if members is not self._members:
+            self._take_in(members, random)
+        self._look_aside(members, free, ENOUGH, random)
+        place = self._next(members, free)
+        if place is None:
+            self._look_aside(members, free, len(members), random)
+            place = self._next(members, free)
+            if place is None:
+                return None
+        chosen = members[place]
+        self._time += 1 / self._weight
+        self._begins[place] += 1 / chosen.weight
+        heappush(self._coming, (self._begins[place], random(), place))
         return chosen
 
     def forget(self, endpoint_id: str) -> None:
         """Neither a debt nor a claim is left."""
-        self._ahead.pop(endpoint_id, None)
+        self._leave()
+        self._behind.pop(endpoint_id, None)
 
-    def _candidates(self, members: Sequence[C], free: Free[C], random: Random) -> list[C]:
-        if len(members) > ENOUGH:
-            if members is not self._members:
-                self._until = [*accumulate([each.weight for each in members])]
-                self._members = members
-            for _ in range(ENOUGH):
-                place = self._next_place(random)
-                # Around one that is not free, the free ones would get more than their shares.
-                if free(members[place]):
-                    return [*filter(free, self._around(members, place))]
-        return [*filter(free, members)]
+    def _next(self, members: Sequence[C], free: Free[C]) -> int | None:
+        coming, begun = self._coming, self._begun
+        while coming or begun:
+            while coming and coming[0][0] <= self._time + _ROUNDING:
+                begin, tie, place = heappop(coming)
+                heappush(begun, (begin + 1 / members[place].weight, tie, place))
+            _, _, place = heappop(begun or coming)
+            if free(members[place]):
+                return place
+            self._put_aside(members[place], place)
+        return None
 
-    def _next_place(self, random: Random) -> int:
-        """Any member, in the long run as often as its weight says."""
-        self._point = random() if self._point is None else (self._point + _GOLDEN) % 1.0
-        until = self._until
-        return min(bisect_right(until, self._point * until[-1]), len(until) - 1)
+    def _put_aside(self, member: Candidate, place: int) -> None:
+        self._behind[member.id] = (self._time - self._begins[place]) * member.weight
+        self._weight -= member.weight
+        self._aside.append(place)
 
-    def _around(self, members: Sequence[C], place: int) -> Sequence[C]:
-        """The member at this place with neighbours, of which it is the first, the second..."""
-        self._offset = (self._offset + 1) % ENOUGH
-        first = place - self._offset
-        last = first + ENOUGH - len(members)
-        if first < 0:
-            return [*members[first:], *members[: first + ENOUGH]]
-        return [*members[first:], *members[:last]] if last > 0 else members[first : first + ENOUGH]
+    def _look_aside(self, members: Sequence[C], free: Free[C], most: int, random: Random) -> None:
+        for _ in range(min(most, len(self._aside))):
+            place = self._aside.popleft()
+            if free(members[place]):
+                self._begin(members[place], place, random)
+            else:
+                self._aside.append(place)
+
+    def _begin(self, member: Candidate, place: int, random: Random) -> None:
+        self._weight += member.weight
+        self._begins[place] = self._time - self._behind.pop(member.id, 0.0) / member.weight
+        heappush(self._coming, (self._begins[place], random(), place))
+
+    def _take_in(self, members: Sequence[Candidate], random: Random) -> None:
+        self._leave()
+        self._members, self._begins = members, [0.0] * len(members)
+        for place, member in enumerate(members):
+            self._begin(member, place, random)
+
+    def _leave(self) -> None:
+        """Remember what all members are behind."""
+        for _, _, place in self._coming + self._begun:
+            member = self._members[place]
+            self._behind[member.id] = (self._time - self._begins[place]) * member.weight
+        self._members, self._time, self._weight = (), 0.0, 0.0
+        self._coming.clear()
+        self._begun.clear()
+        self._aside.clear()
