@@ -19,6 +19,7 @@ PURE = (
     "wire.structure wire.parameters wire.transport endpoints.retry endpoints.adaptive "
     "endpoints.breaker endpoints.budget endpoints.histogram endpoints.queue endpoints.quota "
     "endpoints.stats endpoints.verdict endpoints.config fleet.policies fleet.prefix "
+    "fleet.candidates fleet.turns fleet.load fleet.affinity "
     "fleet.continuation fleet.stops endpoints.backoff "
     "models.info models.facts models.served models.metrics models.statistics models.lora.adapters "
     "models.lora.placement models.lora.fit models.fidelity models.quantization arguments templates "

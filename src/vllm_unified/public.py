@@ -62,9 +62,9 @@ from vllm_unified.errors import (
     VllmError,
 )
 from vllm_unified.events import Event
+from vllm_unified.fleet.candidates import Route
 from vllm_unified.fleet.directory import EndpointStatus
 from vllm_unified.fleet.monitor import HealthCheck
-from vllm_unified.fleet.policies import Route
 from vllm_unified.fleet.stream import GenerationStream
 from vllm_unified.handler import EndpointHandler
 from vllm_unified.models.info import ModelInfo

@@ -116,7 +116,7 @@ class TestSlots:
 
     def test_who_watches_is_told_of_each_that_is_given_back(self) -> None:
         endpoint, told = made(), []
-        endpoint.watchers.append(lambda: told.append(endpoint.in_flight))
+        endpoint.watchers.append(lambda given: told.append(given.in_flight))
         slots = [Slot(endpoint, NOW) for _ in range(2)]
 
         for slot in slots:
@@ -384,7 +384,7 @@ class TestRoom:
     def test_what_was_never_sent_is_there_for_who_waits(self) -> None:
         endpoint, room = made(requests_per_minute=1), []
         slot = Slot(endpoint, NOW)
-        endpoint.watchers.append(lambda: room.append(endpoint.has_room(NOW)))
+        endpoint.watchers.append(lambda given: room.append(given.has_room(NOW)))
 
         slot.fail(ConnectError("refused"), NOW)
 
@@ -403,14 +403,14 @@ class TestRoom:
     def test_who_got_a_place_is_last_in_turn_for_the_next(self) -> None:
         endpoint, served = made(limit=1), []
 
-        def waiter(name: str) -> Callable[[], None]:
-            def serve() -> None:
-                if endpoint.has_room(NOW):
+        def waiter(name: str) -> Callable[[Endpoint], None]:
+            def serve(given: Endpoint) -> None:
+                if given.has_room(NOW):
                     served.append((name, Slot(endpoint, NOW)))
 
             return serve
 
-        endpoint.watchers += [lambda: None, waiter("x"), waiter("y")]
+        endpoint.watchers += [lambda given: None, waiter("x"), waiter("y")]
         endpoint.watch()
         for _ in range(5):
             served[-1][1].leave()
@@ -419,7 +419,7 @@ class TestRoom:
 
     def test_a_draining_one_gets_nothing_new(self) -> None:
         endpoint, told = made(), []
-        endpoint.watchers.append(lambda: told.append(endpoint.state))
+        endpoint.watchers.append(lambda given: told.append(given.state))
 
         endpoint.drain()
 

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from math import ceil, nan
 from random import Random
 from typing import Any
@@ -17,21 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_unified.errors import ConfigurationError
-from vllm_unified.fleet.policies import (
-    STRATEGIES,
-    Candidate,
-    LeastLoaded,
-    LowestLatency,
-    PowerOfTwo,
-    PrefixAware,
-    RoundRobin,
-    Route,
-    Session,
-    Strategy,
-    Weighted,
-    loads,
-    strategy,
-)
+from vllm_unified.fleet.affinity import PrefixAware, Session
+from vllm_unified.fleet.candidates import C, Candidate, Free, Route, Strategy
+from vllm_unified.fleet.load import LeastLoaded, LowestLatency, PowerOfTwo, loads
+from vllm_unified.fleet.policies import STRATEGIES, strategy
+from vllm_unified.fleet.turns import RoundRobin, Weighted
 
 ROUTE = Route()
 
@@ -67,15 +57,25 @@ def fleet(count: int) -> list[Server]:
     return [Server(f"s{number}") for number in range(count)]
 
 
+def is_free(candidate: Candidate) -> bool:
+    return True
+
+
 def choose(
     policy: Strategy,
     candidates: Sequence[Candidate],
     route: Route = ROUTE,
     *,
+    full: Container[str] = (),
     now: float = 0.0,
     random: Random | None = None,
 ) -> str:
-    return policy.choose(candidates, route, now, (random or Random(1)).random).id
+    def is_free(candidate: Candidate) -> bool:
+        return candidate.id not in full
+
+    chosen = policy.choose(candidates, is_free, route, now, (random or Random(1)).random)
+    assert chosen is not None
+    return chosen.id
 
 
 servers = st.builds(
@@ -106,7 +106,8 @@ def test_the_chosen_is_one_of_the_candidates(
     policy, now = strategy(name), 0.0
     for candidates, route, pause in calls:
         now += pause
-        chosen = policy.choose(candidates, route, now, random.random)
+        chosen = policy.choose(candidates, is_free, route, now, random.random)
+        assert chosen is not None
         assert any(chosen is candidate for candidate in candidates)
         policy.forget(chosen.id)
 
@@ -163,7 +164,70 @@ def test_round_robin_counts_a_forgotten_server_as_new() -> None:
     assert choose(policy, [a, b]) == second
 
 
+@pytest.mark.parametrize("full", [range(0), range(100, 190), range(0, 256, 2)], ids=len)
+def test_round_robin_gives_everybody_with_room_the_same(full: range) -> None:
+    policy, candidates, without = RoundRobin(), fleet(256), {f"s{number}" for number in full}
+
+    chosen = Counter(
+        choose(policy, candidates, full=without) for _ in range(5 * (len(candidates) - len(full)))
+    )
+
+    assert set(chosen.values()) == {5}
+    assert not chosen.keys() & without
+
+
+def test_round_robin_goes_on_with_those_that_were_full() -> None:
+    policy, candidates, full = RoundRobin(), fleet(64), {f"s{number}" for number in range(20)}
+    for _ in range(44):
+        choose(policy, candidates, full=full)
+
+    assert {choose(policy, candidates) for _ in range(20)} == full
+
+
 # Weighted
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [[1.0] * 256, [1.0] * 128 + [10.0] * 128, [0.5, 1.0, 2.0, 7.5] * 64, [1.0, 5.0, 2.0]],
+    ids=["equal", "two kinds", "four kinds", "few"],
+)
+@pytest.mark.parametrize("without", ["nobody", "neighbours", "every other"])
+def test_weighted_gives_shares_to_those_with_room(weights: list[float], without: str) -> None:
+    policy, random, count = Weighted(), Random(1), len(weights)
+    candidates = [Server(f"s{number}", weight=weight) for number, weight in enumerate(weights)]
+    numbers = {"nobody": [], "neighbours": range(count // 2), "every other": range(0, count, 2)}
+    full = {f"s{number}" for number in numbers[without]}
+    total = sum(each.weight for each in candidates if each.id not in full)
+
+    chosen: Counter[str] = Counter()
+    for requests in range(1, 20 * count):
+        chosen[choose(policy, candidates, full=full, random=random)] += 1
+        if requests % 97 == 0:
+            for each in candidates:
+                share = 0.0 if each.id in full else requests * each.weight / total
+                assert chosen[each.id] == pytest.approx(share, abs=1.5)
+
+
+def test_weighted_gives_a_server_that_was_full_its_share_and_no_burst() -> None:
+    policy, random = Weighted(), Random(1)
+    candidates = [Server(f"s{number}", weight=1 + number % 4) for number in range(40)]
+    for _ in range(1000):
+        choose(policy, candidates, full={"s3"}, random=random)
+
+    chosen = [choose(policy, candidates, random=random) for _ in range(100)]
+
+    assert chosen.count("s3") == pytest.approx(4, abs=1)
+    assert chosen[:10].count("s3") <= 1
+
+
+@pytest.mark.parametrize("count", [4, 40])
+def test_weighted_finds_the_only_one_with_room(count: int) -> None:
+    policy, candidates = Weighted(), fleet(count)
+    names = {each.id for each in candidates}
+
+    for name in sorted(names) * 2:
+        assert choose(policy, candidates, full=names - {name}) == name
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.randoms())
@@ -283,8 +347,10 @@ def test_one_request_more_is_more_load(candidates: list[Server]) -> None:
 
 
 class _AtRandom:
-    def choose(self, candidates: Sequence[Candidate], route: Route, now: float, random: Any) -> Any:
-        return candidates[int(random() * len(candidates))]
+    def choose(
+        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Any
+    ) -> C | None:
+        return members[int(random() * len(members))]
 
     def forget(self, endpoint_id: str) -> None: ...
 
@@ -438,6 +504,17 @@ def test_short_and_unknown_prompts_go_to_the_least_loaded() -> None:
     assert choose(policy, [a, b], prompt("another " * 500)) == "s1"
 
 
+@pytest.mark.parametrize("holders", [1, 12, 40])
+def test_a_holder_is_found_in_a_large_fleet(holders: int) -> None:
+    policy, candidates = PrefixAware(), fleet(256)
+    for each in candidates[100 : 100 + holders]:
+        choose(policy, [each], prompt(STORY))
+    full = {each.id for each in candidates[101 : 100 + holders]}
+
+    for turn in range(20):
+        assert choose(policy, candidates, prompt(STORY), full=full, random=Random(turn)) == "s100"
+
+
 def test_a_holder_that_is_no_candidate_is_passed_over() -> None:
     policy, (a, b) = PrefixAware(), fleet(2)
     choose(policy, [a], prompt(STORY))
@@ -524,6 +601,42 @@ def test_a_session_stays_while_its_server_has_few_requests() -> None:
     next(each for each in candidates if each.id == home).in_flight = 3
 
     assert choose(Session(), candidates, Route(session="mine")) == home
+
+
+def test_a_session_moves_only_while_its_server_is_full_or_gone() -> None:
+    policy, candidates = Session(), fleet(256)
+    routes = [Route(session=f"session {number}") for number in range(300)]
+    first = [choose(policy, candidates, route) for route in routes]
+    full = set(first[:20])
+
+    meanwhile = [choose(policy, candidates, route, full=full) for route in routes]
+    fewer = [each for each in candidates if each.id not in full]
+    without = [choose(policy, fewer, route) for route in routes]
+    more = [*fleet(300)[256:], *candidates]
+    later = [choose(policy, more, route) for route in routes]
+
+    assert meanwhile == without
+    assert full.isdisjoint(meanwhile)
+    assert all(new == old for new, old in zip(meanwhile, first, strict=True) if old not in full)
+    new = {f"s{number}" for number in range(256, 300)}
+    assert all(now == old or now in new for now, old in zip(later, first, strict=True))
+    assert first == [choose(policy, candidates, route) for route in routes]
+
+
+def test_a_session_that_few_preferred_servers_have_room_for_finds_another() -> None:
+    candidates = fleet(256)
+    names = {each.id for each in candidates}
+
+    assert choose(Session(), candidates, Route(session="mine"), full=names - {"s77"}) == "s77"
+
+
+def test_requests_of_one_session_alone_are_spread_when_they_are_many() -> None:
+    policy, candidates = Session(), fleet(256)
+    by_id = {each.id: each for each in candidates}
+    for _ in range(6 * 256):
+        by_id[choose(policy, candidates, Route(session="mine"))].in_flight += 1
+
+    assert max(each.in_flight for each in candidates) <= ceil(1.25 * 6)
 
 
 def test_a_request_without_a_session_goes_to_the_least_loaded() -> None:

@@ -86,7 +86,7 @@ class Endpoint:
         self.polled_in_flight = 0
         """``in_flight`` when the server said them."""
         self.headers = _key_header(config)
-        self.watchers: list[Callable[[], None]] = []
+        self.watchers: list[Callable[[Endpoint], None]] = []
         """To be called when a request may fit in that did not before."""
         self.aliases: dict[str, str] = {}
         """Models that the server is asked for by another name, for as long as one is replaced."""
@@ -240,11 +240,11 @@ class Endpoint:
     def watch(self) -> None:
         """Tell who waits that a request may fit in now; who gets a place is the last one next."""
         if len(self.watchers) == 1:
-            self.watchers[0]()
+            self.watchers[0](self)
             return
         for watcher in tuple(self.watchers):
             before = self.in_flight
-            watcher()
+            watcher(self)
             if self.in_flight > before and watcher in self.watchers:
                 self.watchers.remove(watcher)
                 self.watchers.append(watcher)

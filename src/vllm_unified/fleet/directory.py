@@ -379,13 +379,13 @@ def _last(name: str, options: dict[str, Any], keywords: dict[str, Any]) -> Any:
 async def _is_idle(endpoint: Endpoint, timeout: float | None) -> bool:
     idle = asyncio.Event()
 
-    def look() -> None:
+    def look(endpoint: Endpoint) -> None:
         if not endpoint.in_flight:
             idle.set()
 
     endpoint.watchers.append(look)
     try:
-        look()
+        look(endpoint)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await idle.wait()

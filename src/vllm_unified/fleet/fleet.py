@@ -32,10 +32,10 @@ from vllm_unified.events import (
     RetryEvent,
     StreamContinuedEvent,
 )
+from vllm_unified.fleet.candidates import Strategy
 from vllm_unified.fleet.hedge import first_answer
 from vllm_unified.fleet.line import Line
 from vllm_unified.fleet.monitor import Monitor
-from vllm_unified.fleet.policies import Strategy
 from vllm_unified.fleet.router import Router
 from vllm_unified.results import ContinuationNote, ResultMetadata, Usage
 from vllm_unified.settings import Settings
@@ -103,7 +103,7 @@ class Fleet:
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
         """The members."""
-        return tuple(self._router.endpoints)
+        return self._router.endpoints
 
     @property
     def waiting(self) -> int:

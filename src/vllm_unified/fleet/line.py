@@ -49,9 +49,7 @@ class Line:
         """
         if call.request.model in self._queues:
             return None
-        now = time.monotonic()
-        free = self._router.free(call.request, now)
-        return self._router.take(call, free, now) if free else None
+        return self._router.take(call, time.monotonic())
 
     def _make_room(self, call: Call) -> bool:
         """Turn away whose turn is last, if that is after this call's; whether it was."""
@@ -84,15 +82,16 @@ class Line:
         queue = self._queues.get(model)
         if queue is None:
             queue = self._queues[model] = RequestQueue()
+        waiter = _Waiter(call, turn)
         ticket = queue.push(
-            _Waiter(call, turn),
+            waiter,
             priority=call.request.priority,
             caller=call.settings.caller,
             since=call.started,
         )
         self._waiting += 1
-        if not self._router.is_plain:
-            self.serve()  # whoever needs less of a quota may go, or there is a time to come back
+        if self._alarm is not None or queue.peek() is waiter:
+            self.serve()  # time may have passed, or it needs less of a quota than the others
         call.waiting = True
         seconds = call.settings.queue_timeout
         try:
@@ -120,9 +119,11 @@ class Line:
         except TimeoutError:
             raise self.out_of_time(call, seconds) from None
 
-    def serve(self) -> None:
-        """Give every slot that is free to who is next."""
+    def serve(self, at: Endpoint | None = None) -> None:
+        """Give every slot that is free to who is next; ``at``: nothing has changed elsewhere."""
         while self._waiting:
+            if at is not None and at.is_plain and at.in_flight >= at.limit.capacity:
+                return  # it is full, and only time could change that elsewhere
             now = time.monotonic()
             queues = self._queues.items()
             for model, queue in sorted(queues, key=_rank) if len(queues) > 1 else list(queues):
@@ -134,32 +135,25 @@ class Line:
 
     def _serve_next(self, model: str | None, queue: RequestQueue[_Waiter], now: float) -> bool:
         """Whether the next in this queue is served, or turned away."""
-        try:
-            free = self._router.free(queue.peek().call.request, now)
-        except VllmError as error:
-            waiter = self._next(model, queue)
-            if not waiter.turn.done():
-                waiter.turn.set_exception(error)
+        waiter = queue.peek()
+        if waiter.turn.done():  # cancelled in this turn of the loop, and still in line
+            self._next(model, queue)
             return True
-        if not free:
-            return False
-        waiter = self._next(model, queue)
-        # One that was cancelled in this turn of the loop is still in line.
-        if not waiter.turn.done():
-            self._hand_over(waiter, free, now)
-        return True
-
-    def _hand_over(self, waiter: _Waiter, free: list[Endpoint], now: float) -> None:
         try:
-            slot = self._router.take(waiter.call, free, now)
+            slot = self._router.take(waiter.call, now)
         except VllmError as error:
+            self._next(model, queue)
             waiter.turn.set_exception(error)
-            return
+            return True
+        if slot is None:
+            return False
+        self._next(model, queue)
         try:
             waiter.turn.set_result(slot)
         except BaseException:
             slot.leave()
             raise
+        return True
 
     def _next(self, model: str | None, queue: RequestQueue[_Waiter]) -> _Waiter:
         waiter = queue.pop()
@@ -174,8 +168,6 @@ class Line:
     def _set_alarm(self, now: float) -> None:
         """Come back when a server may be sent to again; all but time tells by itself."""
         self.cancel_alarm()
-        if self._router.is_plain:
-            return
         roomy = [
             each
             for each in self._router.endpoints

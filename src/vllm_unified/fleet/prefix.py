@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -62,7 +63,8 @@ class PrefixIndex:
         self._max_blocks = max_blocks
         self._ttl = ttl
         self._holders: OrderedDict[int, dict[str, float]] = OrderedDict()
-        """For each block, when its servers were last sent it; the first to evict in front."""
+        """For each block, when its servers were last sent it, and in that order; the first to
+        evict in front."""
         self._inner: set[int] = set()
         """Blocks after which a prompt went on."""
         self._held: Counter[str] = Counter()
@@ -71,19 +73,45 @@ class PrefixIndex:
         return len(self._holders)
 
     def longest(
-        self, keys: Sequence[int], among: Container[str], now: float
+        self,
+        keys: Sequence[int],
+        fits: Callable[[str], bool],
+        now: float,
+        *,
+        most: int = sys.maxsize,
     ) -> tuple[int, list[str]]:
-        """How many leading blocks a server ``among`` those holds at most, and which hold them."""
+        """How many leading blocks a server that ``fits`` holds at most, and which hold them: at
+        most so many of them, those that were sent them last."""
         if not keys or keys[0] not in self._holders:
             return 0, []
+        unfit: set[str] = set()
         for count in range(len(keys), 0, -1):
             used = self._holders.get(keys[count - 1])
-            if used is None:
-                continue
-            holders = [id for id, at in used.items() if now - at <= self._ttl and id in among]
+            holders = [] if used is None else self._valid(used, fits, now, most, unfit)
             if holders:
                 return count, holders
         return 0, []
+
+    def _valid(
+        self,
+        used: dict[str, float],
+        fits: Callable[[str], bool],
+        now: float,
+        most: int,
+        unfit: set[str],
+    ) -> list[str]:
+        """The last of the servers that ``used`` a block; none is asked twice whether it fits."""
+        holders: list[str] = []
+        for id in reversed(used):
+            if now - used[id] > self._ttl or len(holders) == most:
+                break
+            if id in unfit:
+                continue
+            if fits(id):
+                holders.append(id)
+            else:
+                unfit.add(id)
+        return holders
 
     def is_fork(self, keys: Sequence[int], count: int) -> bool:
         """Whether a prompt leaves another one behind after its first ``count`` blocks; no fork is
@@ -98,7 +126,8 @@ class PrefixIndex:
         """Note that ``holder`` is sent a prompt with these blocks. ``now`` never goes back."""
         for key in reversed(keys):
             used = self._holders.setdefault(key, {})
-            self._held[holder] += holder not in used
+            # The last one is the one that was sent it last.
+            self._held[holder] += used.pop(holder, None) is None
             used[holder] = now
             self._holders.move_to_end(key)
         self._inner.update(keys[:-1])
@@ -117,7 +146,7 @@ class PrefixIndex:
     def _expire(self, now: float) -> None:
         while self._holders:
             oldest = next(iter(self._holders))
-            if now - max(self._holders[oldest].values()) <= self._ttl:
+            if now - next(reversed(self._holders[oldest].values())) <= self._ttl:
                 return
             self._drop(oldest)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from random import random
 
 from vllm_unified.endpoints.call import Call
@@ -13,7 +12,8 @@ from vllm_unified.errors import (
     ConfigurationError,
     VllmError,
 )
-from vllm_unified.fleet.policies import LeastLoaded, Route, Strategy
+from vllm_unified.fleet.candidates import Free, Route, Strategy
+from vllm_unified.fleet.load import LeastLoaded
 from vllm_unified.wire.requests import WireRequest
 
 # With every server shut out, one attempt at each in so many seconds.
@@ -25,76 +25,45 @@ class Router:
     """The members of a fleet, and the choice among them. Times are monotonic seconds."""
 
     def __init__(self, strategy: Strategy | None) -> None:
-        self.endpoints: list[Endpoint] = []
+        self.endpoints: tuple[Endpoint, ...] = ()
         self.closed = False
         self._strategy = strategy or LeastLoaded()
-        self._enough: int = getattr(self._strategy, "enough", None) or sys.maxsize
         self._next_trial: dict[str, float] = {}
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing but the members' capacity decides who may send."""
-        return all(each.is_plain for each in self.endpoints)
 
     def add(self, endpoint: Endpoint) -> None:
         """Take a member in."""
-        self.endpoints.append(endpoint)
+        self.endpoints = (*self.endpoints, endpoint)
 
     def remove(self, endpoint: Endpoint) -> None:
         """Choose it no more."""
-        self.endpoints.remove(endpoint)
+        self.endpoints = tuple([each for each in self.endpoints if each is not endpoint])
         self._strategy.forget(endpoint.id)
         self._next_trial.pop(endpoint.id, None)
 
-    def free(self, request: WireRequest, now: float) -> list[Endpoint]:
-        """The endpoints that can take this request now; none: it has to wait.
+    def take(self, call: Call, now: float) -> Slot | None:
+        """A slot for the call's next attempt, as the strategy chooses; ``None``: it has to wait.
 
         Raises:
-            CircuitOpenError: all of them are shut out, and no trial is due.
+            CircuitOpenError: all endpoints are shut out, and no trial is due.
             ConfigurationError: there is none.
         """
-        free = self._plainly_free(request.model)
-        if free is not None:
-            return free
-        serving = self._serving(request.model, now)
-        if not serving:
-            raise self._nobody()
-        available = [each for each in serving if each.is_open(now)]
-        if not available:
-            return [self._least_bad(serving, now)]
-        return [each for each in available if each.has_room(now, request.tokens)]
-
-    def _plainly_free(self, model: str | None) -> list[Endpoint] | None:
-        """What :meth:`free` gives where all members are well and serve the model, as they mostly
-        do, or as many as are enough for the strategy; ``None`` where it takes more to know."""
-        endpoints, enough = self.endpoints, self._enough
-        count = len(endpoints)
-        first = int(random() * count) if count > enough else 0
-        free = []
-        for place in range(first - count, first):
-            each = endpoints[place]
-            if not each.is_plain:
-                return None
-            if model is not None and each.models is not None and model not in each.models:
-                return None
-            if each.in_flight < each.limit.capacity:
-                free.append(each)
-                if len(free) == enough:
-                    break
-        return free if endpoints else None
-
-    def take(self, call: Call, free: list[Endpoint], now: float) -> Slot:
-        """A slot at one of these, as the strategy chooses, for the call's next attempt."""
-        return Slot(self._choose(call, free, now), now, tokens=call.request.tokens)
+        chosen, free = None, _taking(call.request, now)
+        if call.tried:
+            chosen = self._choose(call, lambda each: each.id not in call.tried and free(each), now)
+        if chosen is None:
+            chosen = self._choose(call, free, now) or self._last_resort(call, now)
+        return None if chosen is None else Slot(chosen, now, tokens=call.request.tokens)
 
     def take_elsewhere(self, call: Call, now: float) -> Slot | None:
         """A slot where the call is not and was not, if there is one now."""
-        others = [
+        tokens = call.request.tokens
+        others = {
             each
             for each in self._elsewhere(call, now)
-            if each is not call.endpoint and each.has_room(now, call.request.tokens)
-        ]
-        return self.take(call, others, now) if others else None
+            if each is not call.endpoint and each.has_room(now, tokens)
+        }
+        chosen = self._choose(call, others.__contains__, now) if others else None
+        return None if chosen is None else Slot(chosen, now, tokens=tokens)
 
     def is_elsewhere(self, call: Call, now: float) -> bool:
         """Whether there is an endpoint where this call has not failed."""
@@ -107,11 +76,12 @@ class Router:
             if each.id not in call.tried and each.is_open(now)
         ]
 
-    def _choose(self, call: Call, free: list[Endpoint], now: float) -> Endpoint:
-        if len(self.endpoints) == 1:
-            return free[0]
-        if call.tried:
-            free = [each for each in free if each.id not in call.tried] or free
+    def _choose(self, call: Call, free: Free[Endpoint], now: float) -> Endpoint | None:
+        members = self.endpoints
+        if len(members) == 1:
+            return members[0] if free(members[0]) else None
+        if not members:
+            return None
         request = call.request
         route = Route(
             model=request.model,
@@ -119,7 +89,23 @@ class Router:
             body=request.body or b"",
             tried=frozenset(call.tried) if call.tried else _NOWHERE,
         )
-        return self._strategy.choose(free, route, now, random)  # type: ignore[return-value]
+        return self._strategy.choose(members, free, route, now, random)
+
+    def _last_resort(self, call: Call, now: float) -> Endpoint | None:
+        """An endpoint in spite of all that is known of them, where it makes no sense to wait."""
+        model, tokens = call.request.model, call.request.tokens
+        if any(each.serves(model, now) and each.is_open(now) for each in self.endpoints):
+            return None
+        serving = self._serving(model, now)
+        if not serving:
+            raise self._nobody()
+        # Open ones are here only if the model is known nowhere.
+        available = {each for each in serving if each.is_open(now)}
+        if not available:
+            return self._least_bad(serving, now)
+        return self._choose(
+            call, lambda each: each in available and each.has_room(now, tokens), now
+        )
 
     def _serving(self, model: str | None, now: float) -> list[Endpoint]:
         """Where the model may be asked for; everywhere, if it is known nowhere: the servers' own
@@ -148,3 +134,23 @@ class Router:
         if self.closed:
             return ClientClosedError("this client, or this fleet of it, is closed")
         return ConfigurationError("there is no endpoint, or all of them are draining")
+
+
+def _taking(request: WireRequest, now: float) -> Free[Endpoint]:
+    """Whether an endpoint can take this request now; of most nothing but the model and its
+    capacity has to be asked."""
+    model, tokens = request.model, request.tokens
+
+    def takes(endpoint: Endpoint) -> bool:
+        if not endpoint.is_plain:
+            return (
+                endpoint.serves(model, now)
+                and endpoint.is_open(now)
+                and endpoint.has_room(now, tokens)
+            )
+        models = endpoint.models
+        return endpoint.in_flight < endpoint.limit.capacity and (
+            models is None or model is None or model in models
+        )
+
+    return takes
