@@ -44,7 +44,7 @@ RESTART_CAPACITY = 4
 WIDEST_START = 256
 """vLLM's default ``max_num_seqs`` on most hardware: with more, requests only wait there until the
 server was found to take them. A ceiling in the thousands is no reason to begin with as many."""
-BUSY_SHARE = 0.8
+BUSY_SHARE = 0.6
 """Of a window that the caller's thread spent working; with more, the window shows how fast the
 caller is, and not the server."""
 QUEUE_SHARE = 0.1
