@@ -117,7 +117,12 @@ class Endpoint:
             return True
         if self.models is not None and model not in self.models:
             return False
-        return not self._lacking or self._lacking.get(model, now) <= now
+        until = self._lacking.get(model)
+        if until is None or until > now:
+            return until is None
+        del self._lacking[model]
+        self._look()
+        return True
 
     def lacks(self, model: str, now: float) -> None:
         """The server said that it does not serve this model."""

@@ -131,14 +131,13 @@ class PrefixAware:
     def _with_room(self, candidates: Sequence[Candidate], load: Sequence[float]) -> list[int]:
         """The places of those that are not overloaded; the least loaded one never is."""
         least = min(load)
+        usual = self._max_ratio * least
         return [
             place
-            for place, each in enumerate(candidates)
-            if not self._is_overloaded(load[place] * each.weight, least * each.weight)
+            for place, value in enumerate(load)
+            if value <= usual
+            or (weight := candidates[place].weight) * value - weight * least <= self._max_surplus
         ]
-
-    def _is_overloaded(self, requests: float, level: float) -> bool:
-        return requests - level > self._max_surplus and requests > self._max_ratio * level
 
 
 class Session:

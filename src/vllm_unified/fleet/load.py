@@ -45,22 +45,18 @@ class PowerOfTwo(Stateless):
         self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
     ) -> C | None:
         """The two are different, if there are two."""
-        pair = self._pair(members, free, random)
-        return pair[lowest(loads(pair), random)] if pair else None
-
-    def _pair(self, members: Sequence[C], free: Free[C], random: Random) -> list[C]:
-        pair: list[C] = []
+        first = None
         for _ in range(ENOUGH):
             each = members[int(random() * len(members))]
-            if each not in pair and free(each):
-                pair.append(each)
-                if len(pair) == 2:
-                    return pair
+            if each is not first and free(each):
+                if first is not None:
+                    return _less_loaded(first, each)
+                first = each
         # Hardly any is free.
         rest = [*filter(free, members)]
-        while len(rest) > 2:
-            rest.pop(int(random() * len(rest)))
-        return rest
+        if len(rest) < 2:
+            return rest[0] if rest else None
+        return _less_loaded(*(rest.pop(int(random() * len(rest))) for _ in range(2)))
 
 
 class LowestLatency:
@@ -111,6 +107,11 @@ class LowestLatency:
         ):
             return 0.0
         return self._UNKNOWN + (candidate.in_flight + 1) / candidate.weight
+
+
+def _less_loaded(first: C, second: C) -> C:
+    load, other = loads((first, second))
+    return first if load <= other else second
 
 
 def loads(candidates: Sequence[Candidate]) -> list[float]:

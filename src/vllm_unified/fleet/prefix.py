@@ -102,13 +102,16 @@ class PrefixIndex:
     ) -> list[str]:
         """The last of the servers that ``used`` a block; none is asked twice whether it fits."""
         holders: list[str] = []
-        for id in reversed(used):
-            if now - used[id] > self._ttl or len(holders) == most:
+        for id, at in reversed(used.items()):
+            if now - at > self._ttl:
                 break
             if id in unfit:
                 continue
             if fits(id):
                 holders.append(id)
+                most -= 1
+                if not most:
+                    break
             else:
                 unfit.add(id)
         return holders
