@@ -93,7 +93,7 @@ class ContinuationNote(msgspec.Struct, frozen=True, kw_only=True):
     """Why, as ``"ClassName: message"``."""
 
 
-class ResultMetadata(msgspec.Struct, frozen=True, kw_only=True):
+class ResultMetadata(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How a result came about."""
 
     endpoint: str = ""

@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from random import random
 from typing import Literal, TypeVar
 
@@ -181,24 +181,36 @@ class Endpoint:
         Raises:
             VllmError: no connection, or another status.
         """
-        request, url, body = call.request, self.url, call.request.body
+        response = await self._send(call)
+        if 200 <= response.status < 300:
+            return response
+        raise await self._error(call.request, response)
+
+    def _send(self, call: Call) -> Awaitable[Response]:
+        request = call.request
         name = self.aliases.get(request.model or "") if self.aliases else None
         if name is not None:
-            self.renamed[name] += 1
-            body = with_model(request, name)
+            return self._send_renamed(call, name)
+        return self._transport.open(
+            request.method, self._address(request), headers=call.headers(self), body=request.body
+        )
+
+    async def _send_renamed(self, call: Call, name: str) -> Response:
+        request = call.request
+        self.renamed[name] += 1
         try:
-            response = await self._transport.open(
+            return await self._transport.open(
                 request.method,
-                f"{url}:{request.path}" if url.startswith("unix://") else url + request.path,
+                self._address(request),
                 headers=call.headers(self),
-                body=body,
+                body=with_model(request, name),
             )
-            if 200 <= response.status < 300:
-                return response
-            raise await self._error(request, response)
         finally:
-            if name is not None:
-                self.renamed[name] -= 1
+            self.renamed[name] -= 1
+
+    def _address(self, request: WireRequest) -> str:
+        url = self.url
+        return f"{url}:{request.path}" if url.startswith("unix://") else url + request.path
 
     async def _error(self, request: WireRequest, response: Response) -> VllmError:
         """What the server says with another status."""
@@ -219,7 +231,9 @@ class Endpoint:
         Raises:
             VllmError: no answer, or one that is an error.
         """
-        response = await self.open(call)
+        response = await self._send(call)
+        if not 200 <= response.status < 300:
+            raise await self._error(call.request, response)
         try:
             body = await response.read(call.settings.max_response_bytes)
         finally:

@@ -61,7 +61,7 @@ Free = Callable[[C], bool]
 """Whether a server may take the request now."""
 
 
-class Route(msgspec.Struct, frozen=True, kw_only=True):
+class Route(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a strategy sees of a request."""
 
     model: str | None = None

@@ -31,7 +31,7 @@ _FIELDS = dict[str, msgspec.Raw]
 _LONG_LISTS = frozenset({"prompt", "input", "tokens"})
 
 
-class WireRequest(msgspec.Struct, frozen=True, kw_only=True):
+class WireRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One HTTP request, ready to be sent, as often as need be."""
 
     method: str
