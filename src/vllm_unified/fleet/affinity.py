@@ -10,8 +10,8 @@ from vllm_unified.fleet.candidates import (
     FEW,
     C,
     Candidate,
-    Free,
     Random,
+    Room,
     Route,
     lowest,
     neighbours,
@@ -63,19 +63,19 @@ class PrefixAware:
         self._places: dict[str, int] = {}
 
     def choose(
-        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
+        self, members: Sequence[C], room: Room[C], route: Route, now: float, random: Random
     ) -> C | None:
         """The choice is noted: the next request with this prefix finds it there."""
         keys = prefix_keys(route.body, route.model)
         few = ENOUGH if len(members) <= ENOUGH else ENOUGH // 2
-        candidates = neighbours(members, free, random, few)
+        candidates = neighbours(members, room, random, few)
         if not candidates:
             return None
         seen = {candidate.id for candidate in candidates}
         if len(members) <= ENOUGH:
             count, holders = self._index.longest(keys, seen.__contains__, now)
         else:
-            count, holders = self._holders(members, free, keys, now, few)
+            count, holders = self._holders(members, room, keys, now, few)
             candidates += [members[self._places[id]] for id in holders if id not in seen]
         load = loads(candidates)
         place = self._by_prefix(candidates, load, keys, count, holders, random)
@@ -91,17 +91,17 @@ class PrefixAware:
         self._index.forget(endpoint_id)
 
     def _holders(
-        self, members: Sequence[C], free: Free[C], keys: Sequence[int], now: float, most: int
+        self, members: Sequence[C], room: Room[C], keys: Sequence[int], now: float, most: int
     ) -> tuple[int, list[str]]:
         if members is not self._members:
             self._places = {each.id: place for place, each in enumerate(members)}
             self._members = members
 
-        def is_free(id: str) -> bool:
+        def has_room(id: str) -> bool:
             place = self._places.get(id)
-            return place is not None and free(members[place])
+            return place is not None and room.at(members[place])
 
-        return self._index.longest(keys, is_free, now, most=most)
+        return self._index.longest(keys, has_room, now, most=most)
 
     def _by_prefix(
         self,
@@ -165,18 +165,18 @@ class Session:
         in as many choices as it takes to look at a few each time."""
 
     def choose(
-        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
+        self, members: Sequence[C], room: Room[C], route: Route, now: float, random: Random
     ) -> C | None:
         """The session's first choice of those that have room."""
         if route.session is None:
-            return self._without_session.choose(members, free, route, now, random)
+            return self._without_session.choose(members, room, route, now, random)
         bucket = stable_hash(route.session) % _BUCKETS
         self._choices += 1
         for place in self._preferred(bucket, members):
             preferred = members[place]
-            if free(preferred) and self._has_room(preferred, members, free):
+            if room.at(preferred) and self._has_room(preferred, members, room):
                 return preferred
-        candidates = [*filter(free, members)]
+        candidates = room.among(members)
         if not candidates:
             return None
         self._count(candidates)
@@ -202,12 +202,12 @@ class Session:
             self._places[bucket] = places
         return places
 
-    def _has_room(self, candidate: Candidate, members: Sequence[C], free: Free[C]) -> bool:
+    def _has_room(self, candidate: Candidate, members: Sequence[C], room: Room[C]) -> bool:
         in_flight = candidate.in_flight
         if in_flight < FEW:
             return True
         if self._choices >= self._count_at:
-            self._count([*filter(free, members)])
+            self._count(room.among(members))
             self._count_at = self._choices + max(len(members) // ENOUGH, 1)
         return in_flight < self._share * candidate.weight
 
