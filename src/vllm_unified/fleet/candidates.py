@@ -117,13 +117,12 @@ def neighbours(
     found = room.among(members[first : first + enough])
     if len(found) == enough:
         return found
-    for place in range(min(first + enough - count, 0), first):
-        each = members[place]
-        if room.at(each):
-            found.append(each)
-            if len(found) == enough:
-                break
-    return found
+    others = [*members[first + enough :], *members[:first]]
+    for place in range(0, len(others), enough):
+        found += room.among(others[place : place + enough])
+        if len(found) >= enough:
+            break
+    return found[:enough]
 
 
 def lowest(values: Sequence[_Value], random: Random) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from itertools import islice
 
 from vllm_unified.fleet.candidates import (
     ENOUGH,
@@ -63,8 +64,8 @@ class Weighted:
 
     A server's turns follow each other, and are as long as its weight says. Of those whose turn has
     begun the one is chosen whose turn ends first, so that each stays within about one request of
-    its share. One that is full when its turn comes is put aside, with what it is behind or
-    ahead, until it is: the others share what comes in the meantime. Of those that are aside, 16 are
+    its share. One that is full when its turn comes is put aside, with what it is behind or ahead,
+    until it has room; the others share what comes in the meantime. Of those that are aside, 16 are
     looked at for each request.
     """
 
@@ -89,13 +90,14 @@ class Weighted:
         """Of equal ones any."""
         if members is not self._members:
             self._take_in(members, random)
+        others = len(self._aside) - ENOUGH
         self._look_aside(members, room, ENOUGH, random)
         place = self._next(members, room)
-        if place is None:
-            self._look_aside(members, room, len(members), random)
+        if place is None and others > 0:
+            self._look_aside(members, room, others, random)
             place = self._next(members, room)
-            if place is None:
-                return None
+        if place is None:
+            return None
         chosen = members[place]
         self._time += 1 / self._weight
         self._begins[place] += 1 / chosen.weight
@@ -127,13 +129,13 @@ class Weighted:
     def _look_aside(self, members: Sequence[C], room: Room[C], most: int, random: Random) -> None:
         if not self._aside:
             return
-        places = [self._aside.popleft() for _ in range(min(most, len(self._aside)))]
-        free = room.among([members[place] for place in places])
-        if not free:
-            self._aside.extend(places)
+        places = [*islice(self._aside, most)]
+        if not room.among([members[place] for place in places]):
+            self._aside.rotate(-len(places))
             return
         for place in places:
-            if members[place] in free:
+            self._aside.popleft()
+            if room.at(members[place]):
                 self._begin(members[place], place, random)
             else:
                 self._aside.append(place)
