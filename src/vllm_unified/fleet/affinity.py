@@ -78,7 +78,7 @@ class PrefixAware:
             count, holders = self._holders(members, room, keys, now, few)
             candidates += [members[self._places[id]] for id in holders if id not in seen]
         load = loads(candidates)
-        place = self._by_prefix(candidates, load, keys, count, holders, random)
+        place = self._by_prefix(candidates, load, keys, count, {*holders}, random)
         if place is None:
             held = [self._index.held(each.id) / each.weight for each in candidates]
             place = lowest([*zip(load, held, strict=True)], random)
@@ -109,7 +109,7 @@ class PrefixAware:
         load: Sequence[float],
         keys: Sequence[int],
         count: int,
-        holders: Sequence[str],
+        holders: set[str],
         random: Random,
     ) -> int | None:
         if count <= self._min_share * len(keys):
@@ -122,7 +122,7 @@ class PrefixAware:
         best = held[lowest([load[place] for place in held], random)]
         return best if best in roomy else None
 
-    def _blocks_at(self, candidate: Candidate, holders: Sequence[str], count: int) -> float:
+    def _blocks_at(self, candidate: Candidate, holders: set[str], count: int) -> float:
         """What the candidate would hold, for its weight; blocks that it lacks count twice, as they
         take time as well as room."""
         missing = 0 if candidate.id in holders else 2 * count
@@ -147,7 +147,10 @@ class Session:
     2005) and bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2016): a server that leaves moves
     its own sessions only, and none gets more than 1.25 times its share of this client's requests,
     or 4 where that is more. All clients agree, in all processes. Requests without a session go
-    to the least loaded candidate. In a large fleet the share is that of some requests ago.
+    to the least loaded candidate.
+
+    Sessions are hashed into buckets, for each of which the order of the servers is remembered: it
+    takes a look at all of them. In a large fleet the share is that of some requests ago.
     """
 
     def __init__(self, *, bound: float = 1.25) -> None:
