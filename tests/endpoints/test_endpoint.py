@@ -452,6 +452,16 @@ class TestModels:
         assert endpoint.serves("x", NOW + 30)
         assert endpoint.serves("y", NOW)
 
+    def test_after_that_nothing_but_capacity_decides_again(self) -> None:
+        endpoint = made()
+        endpoint.lacks("x", NOW)
+        before = endpoint.is_plain
+
+        endpoint.serves("x", NOW + 30)
+
+        assert not before
+        assert endpoint.is_plain
+
     def test_one_that_it_says_it_serves_by_now_is_asked_for_at_once(self) -> None:
         endpoint = made()
         endpoint.lacks("x", NOW)

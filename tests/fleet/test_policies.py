@@ -7,10 +7,10 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from math import ceil, nan
 from random import Random
-from typing import Any
+from typing import Any, Generic
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from vllm_unified.errors import ConfigurationError
 from vllm_unified.fleet.affinity import PrefixAware, Session
-from vllm_unified.fleet.candidates import C, Candidate, Free, Route, Strategy
+from vllm_unified.fleet.candidates import C, Candidate, Room, Route, Strategy
 from vllm_unified.fleet.load import LeastLoaded, LowestLatency, PowerOfTwo, loads
 from vllm_unified.fleet.policies import STRATEGIES, strategy
 from vllm_unified.fleet.turns import RoundRobin, Weighted
@@ -57,8 +57,17 @@ def fleet(count: int) -> list[Server]:
     return [Server(f"s{number}") for number in range(count)]
 
 
-def is_free(candidate: Candidate) -> bool:
-    return True
+class RoomBut(Generic[C]):
+    """Room at all candidates but a few."""
+
+    def __init__(self, full: Container[str] = ()) -> None:
+        self._full = full
+
+    def at(self, candidate: C) -> bool:
+        return candidate.id not in self._full
+
+    def among(self, candidates: Iterable[C]) -> list[C]:
+        return [*filter(self.at, candidates)]
 
 
 def choose(
@@ -70,10 +79,8 @@ def choose(
     now: float = 0.0,
     random: Random | None = None,
 ) -> str:
-    def is_free(candidate: Candidate) -> bool:
-        return candidate.id not in full
-
-    chosen = policy.choose(candidates, is_free, route, now, (random or Random(1)).random)
+    draw = (random or Random(1)).random
+    chosen = policy.choose(candidates, RoomBut[Candidate](full), route, now, draw)
     assert chosen is not None
     return chosen.id
 
@@ -106,7 +113,7 @@ def test_the_chosen_is_one_of_the_candidates(
     policy, now = strategy(name), 0.0
     for candidates, route, pause in calls:
         now += pause
-        chosen = policy.choose(candidates, is_free, route, now, random.random)
+        chosen = policy.choose(candidates, RoomBut[Server](), route, now, random.random)
         assert chosen is not None
         assert any(chosen is candidate for candidate in candidates)
         policy.forget(chosen.id)
@@ -348,7 +355,7 @@ def test_one_request_more_is_more_load(candidates: list[Server]) -> None:
 
 class _AtRandom:
     def choose(
-        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Any
+        self, members: Sequence[C], room: Room[C], route: Route, now: float, random: Any
     ) -> C | None:
         return members[int(random() * len(members))]
 

@@ -10,8 +10,8 @@ from vllm_unified.fleet.candidates import (
     FEW,
     C,
     Candidate,
-    Free,
     Random,
+    Room,
     Route,
     lowest,
     neighbours,
@@ -63,22 +63,22 @@ class PrefixAware:
         self._places: dict[str, int] = {}
 
     def choose(
-        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
+        self, members: Sequence[C], room: Room[C], route: Route, now: float, random: Random
     ) -> C | None:
         """The choice is noted: the next request with this prefix finds it there."""
         keys = prefix_keys(route.body, route.model)
         few = ENOUGH if len(members) <= ENOUGH else ENOUGH // 2
-        candidates = neighbours(members, free, random, few)
+        candidates = neighbours(members, room, random, few)
         if not candidates:
             return None
         seen = {candidate.id for candidate in candidates}
         if len(members) <= ENOUGH:
             count, holders = self._index.longest(keys, seen.__contains__, now)
         else:
-            count, holders = self._holders(members, free, keys, now, few)
+            count, holders = self._holders(members, room, keys, now, few)
             candidates += [members[self._places[id]] for id in holders if id not in seen]
         load = loads(candidates)
-        place = self._by_prefix(candidates, load, keys, count, holders, random)
+        place = self._by_prefix(candidates, load, keys, count, {*holders}, random)
         if place is None:
             held = [self._index.held(each.id) / each.weight for each in candidates]
             place = lowest([*zip(load, held, strict=True)], random)
@@ -91,17 +91,17 @@ class PrefixAware:
         self._index.forget(endpoint_id)
 
     def _holders(
-        self, members: Sequence[C], free: Free[C], keys: Sequence[int], now: float, most: int
+        self, members: Sequence[C], room: Room[C], keys: Sequence[int], now: float, most: int
     ) -> tuple[int, list[str]]:
         if members is not self._members:
             self._places = {each.id: place for place, each in enumerate(members)}
             self._members = members
 
-        def is_free(id: str) -> bool:
+        def has_room(id: str) -> bool:
             place = self._places.get(id)
-            return place is not None and free(members[place])
+            return place is not None and room.at(members[place])
 
-        return self._index.longest(keys, is_free, now, most=most)
+        return self._index.longest(keys, has_room, now, most=most)
 
     def _by_prefix(
         self,
@@ -109,7 +109,7 @@ class PrefixAware:
         load: Sequence[float],
         keys: Sequence[int],
         count: int,
-        holders: Sequence[str],
+        holders: set[str],
         random: Random,
     ) -> int | None:
         if count <= self._min_share * len(keys):
@@ -122,7 +122,7 @@ class PrefixAware:
         best = held[lowest([load[place] for place in held], random)]
         return best if best in roomy else None
 
-    def _blocks_at(self, candidate: Candidate, holders: Sequence[str], count: int) -> float:
+    def _blocks_at(self, candidate: Candidate, holders: set[str], count: int) -> float:
         """What the candidate would hold, for its weight; blocks that it lacks count twice, as they
         take time as well as room."""
         missing = 0 if candidate.id in holders else 2 * count
@@ -147,7 +147,10 @@ class Session:
     2005) and bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2016): a server that leaves moves
     its own sessions only, and none gets more than 1.25 times its share of this client's requests,
     or 4 where that is more. All clients agree, in all processes. Requests without a session go
-    to the least loaded candidate. In a large fleet the share is that of some requests ago.
+    to the least loaded candidate.
+
+    Sessions are hashed into buckets, for each of which the order of the servers is remembered: it
+    takes a look at all of them. In a large fleet the share is that of some requests ago.
     """
 
     def __init__(self, *, bound: float = 1.25) -> None:
@@ -165,18 +168,18 @@ class Session:
         in as many choices as it takes to look at a few each time."""
 
     def choose(
-        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
+        self, members: Sequence[C], room: Room[C], route: Route, now: float, random: Random
     ) -> C | None:
         """The session's first choice of those that have room."""
         if route.session is None:
-            return self._without_session.choose(members, free, route, now, random)
+            return self._without_session.choose(members, room, route, now, random)
         bucket = stable_hash(route.session) % _BUCKETS
         self._choices += 1
         for place in self._preferred(bucket, members):
             preferred = members[place]
-            if free(preferred) and self._has_room(preferred, members, free):
+            if room.at(preferred) and self._has_room(preferred, members, room):
                 return preferred
-        candidates = [*filter(free, members)]
+        candidates = room.among(members)
         if not candidates:
             return None
         self._count(candidates)
@@ -202,12 +205,12 @@ class Session:
             self._places[bucket] = places
         return places
 
-    def _has_room(self, candidate: Candidate, members: Sequence[C], free: Free[C]) -> bool:
+    def _has_room(self, candidate: Candidate, members: Sequence[C], room: Room[C]) -> bool:
         in_flight = candidate.in_flight
         if in_flight < FEW:
             return True
         if self._choices >= self._count_at:
-            self._count([*filter(free, members)])
+            self._count(room.among(members))
             self._count_at = self._choices + max(len(members) // ENOUGH, 1)
         return in_flight < self._share * candidate.weight
 

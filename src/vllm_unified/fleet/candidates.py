@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -57,8 +57,17 @@ class Candidate(Protocol):
 
 
 C = TypeVar("C", bound=Candidate)
-Free = Callable[[C], bool]
-"""Whether a server may take the request now."""
+
+
+class Room(Protocol[C]):
+    """Where there is room for a request now; whoever has none is full, shut out, or does not serve
+    the model."""
+
+    def at(self, candidate: C) -> bool:
+        """Whether this one may take it."""
+
+    def among(self, candidates: Iterable[C]) -> list[C]:
+        """Those that may take it."""
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -77,12 +86,12 @@ class Strategy(Protocol):
     """Chooses the server of each request."""
 
     def choose(
-        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
+        self, members: Sequence[C], room: Room[C], route: Route, now: float, random: Random
     ) -> C | None:
-        """One of the members that are free; ``None`` where none is.
+        """One of the members that have room; ``None`` where none has.
 
-        In a large fleet a strategy looks at few of them, and asks only of those whether they are
-        free. ``members`` is the same object until one joins or leaves. ``now`` is in monotonic
+        In a large fleet a strategy looks at few of them, and asks only of those whether they have
+        room. ``members`` is the same object until one joins or leaves. ``now`` is in monotonic
         seconds.
         """
 
@@ -98,23 +107,22 @@ class Stateless:
 
 
 def neighbours(
-    members: Sequence[C], free: Free[C], random: Random, enough: int = ENOUGH
+    members: Sequence[C], room: Room[C], random: Random, enough: int = ENOUGH
 ) -> list[C]:
-    """Members that are free: all, or of more than enough so many neighbours, beginning anywhere."""
+    """Members with room: all, or of more than enough so many neighbours, beginning anywhere."""
     count = len(members)
     if count <= enough:
-        return [*filter(free, members)]
+        return room.among(members)
     first = int(random() * count)
-    found = [*filter(free, members[first : first + enough])]
+    found = room.among(members[first : first + enough])
     if len(found) == enough:
         return found
-    for place in range(min(first + enough - count, 0), first):
-        each = members[place]
-        if free(each):
-            found.append(each)
-            if len(found) == enough:
-                break
-    return found
+    others = [*members[first + enough :], *members[:first]]
+    for place in range(0, len(others), enough):
+        found += room.among(others[place : place + enough])
+        if len(found) >= enough:
+            break
+    return found[:enough]
 
 
 def lowest(values: Sequence[_Value], random: Random) -> int:

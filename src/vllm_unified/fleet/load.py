@@ -9,8 +9,8 @@ from vllm_unified.fleet.candidates import (
     ENOUGH,
     C,
     Candidate,
-    Free,
     Random,
+    Room,
     Route,
     Stateless,
     lowest,
@@ -27,10 +27,10 @@ class LeastLoaded(Stateless):
     """
 
     def choose(
-        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
+        self, members: Sequence[C], room: Room[C], route: Route, now: float, random: Random
     ) -> C | None:
         """Of equally loaded ones any."""
-        candidates = neighbours(members, free, random)
+        candidates = neighbours(members, room, random)
         return candidates[lowest(loads(candidates), random)] if candidates else None
 
 
@@ -42,18 +42,18 @@ class PowerOfTwo(Stateless):
     """
 
     def choose(
-        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
+        self, members: Sequence[C], room: Room[C], route: Route, now: float, random: Random
     ) -> C | None:
         """The two are different, if there are two."""
         first = None
         for _ in range(ENOUGH):
             each = members[int(random() * len(members))]
-            if each is not first and free(each):
+            if each is not first and room.at(each):
                 if first is not None:
                     return _less_loaded(first, each)
                 first = each
-        # Hardly any is free.
-        rest = [*filter(free, members)]
+        # Hardly any has room.
+        rest = room.among(members)
         if len(rest) < 2:
             return rest[0] if rest else None
         return _less_loaded(*(rest.pop(int(random() * len(rest))) for _ in range(2)))
@@ -77,10 +77,10 @@ class LowestLatency:
         self._chosen_at: dict[str, float] = {}
 
     def choose(
-        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
+        self, members: Sequence[C], room: Room[C], route: Route, now: float, random: Random
     ) -> C | None:
         """Of the unknown ones, those with the fewest requests."""
-        candidates = neighbours(members, free, random)
+        candidates = neighbours(members, room, random)
         if not candidates:
             return None
         costs = [self._cost(candidate, now) for candidate in candidates]

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from vllm_unified.errors import ConfigurationError
 from vllm_unified.fleet.affinity import PrefixAware, Session
-from vllm_unified.fleet.candidates import C, Candidate, Free, Random, Route, Stateless, Strategy
+from vllm_unified.fleet.candidates import C, Candidate, Random, Room, Route, Stateless, Strategy
 from vllm_unified.fleet.load import LeastLoaded, LowestLatency, PowerOfTwo
 from vllm_unified.fleet.turns import RoundRobin, Weighted
 
@@ -27,14 +27,14 @@ class _Custom(Stateless):
         self._name = getattr(function, "__qualname__", None) or repr(function)
 
     def choose(
-        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
+        self, members: Sequence[C], room: Room[C], route: Route, now: float, random: Random
     ) -> C | None:
-        """What the function says; it sees all members that are free.
+        """What the function says; it sees all members that have room.
 
         Raises:
             ConfigurationError: it raised, or returned none of the candidates.
         """
-        candidates = [*filter(free, members)]
+        candidates = room.among(members)
         if not candidates:
             return None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from random import random
 
 from vllm_unified.endpoints.call import Call
@@ -12,7 +13,7 @@ from vllm_unified.errors import (
     ConfigurationError,
     VllmError,
 )
-from vllm_unified.fleet.candidates import Free, Route, Strategy
+from vllm_unified.fleet.candidates import Room, Route, Strategy
 from vllm_unified.fleet.load import LeastLoaded
 from vllm_unified.wire.requests import WireRequest
 
@@ -47,12 +48,12 @@ class Router:
             CircuitOpenError: all endpoints are shut out, and no trial is due.
             ConfigurationError: there is none.
         """
-        chosen, free = None, _taking(call.request, now)
+        chosen, request = None, call.request
         if call.tried:
-            chosen = self._choose(call, lambda each: each.id not in call.tried and free(each), now)
+            chosen = self._choose(call, _Room(request, now, without=call.tried), now)
         if chosen is None:
-            chosen = self._choose(call, free, now) or self._last_resort(call, now)
-        return None if chosen is None else Slot(chosen, now, tokens=call.request.tokens)
+            chosen = self._choose(call, _Room(request, now), now) or self._last_resort(call, now)
+        return None if chosen is None else Slot(chosen, now, tokens=request.tokens)
 
     def take_elsewhere(self, call: Call, now: float) -> Slot | None:
         """A slot where the call is not and was not, if there is one now."""
@@ -62,7 +63,7 @@ class Router:
             for each in self._elsewhere(call, now)
             if each is not call.endpoint and each.has_room(now, tokens)
         }
-        chosen = self._choose(call, others.__contains__, now) if others else None
+        chosen = self._choose(call, _RoomAt(others), now) if others else None
         return None if chosen is None else Slot(chosen, now, tokens=tokens)
 
     def is_elsewhere(self, call: Call, now: float) -> bool:
@@ -76,10 +77,10 @@ class Router:
             if each.id not in call.tried and each.is_open(now)
         ]
 
-    def _choose(self, call: Call, free: Free[Endpoint], now: float) -> Endpoint | None:
+    def _choose(self, call: Call, room: Room[Endpoint], now: float) -> Endpoint | None:
         members = self.endpoints
         if len(members) == 1:
-            return members[0] if free(members[0]) else None
+            return members[0] if room.at(members[0]) else None
         if not members:
             return None
         request = call.request
@@ -89,7 +90,7 @@ class Router:
             body=request.body or b"",
             tried=frozenset(call.tried) if call.tried else _NOWHERE,
         )
-        return self._strategy.choose(members, free, route, now, random)
+        return self._strategy.choose(members, room, route, now, random)
 
     def _last_resort(self, call: Call, now: float) -> Endpoint | None:
         """An endpoint in spite of all that is known of them, where it makes no sense to wait."""
@@ -100,12 +101,11 @@ class Router:
         if not serving:
             raise self._nobody()
         # Open ones are here only if the model is known nowhere.
-        available = {each for each in serving if each.is_open(now)}
+        available = [each for each in serving if each.is_open(now)]
         if not available:
             return self._least_bad(serving, now)
-        return self._choose(
-            call, lambda each: each in available and each.has_room(now, tokens), now
-        )
+        roomy = {each for each in available if each.has_room(now, tokens)}
+        return self._choose(call, _RoomAt(roomy), now) if roomy else None
 
     def _serving(self, model: str | None, now: float) -> list[Endpoint]:
         """Where the model may be asked for; everywhere, if it is known nowhere: the servers' own
@@ -136,21 +136,61 @@ class Router:
         return ConfigurationError("there is no endpoint, or all of them are draining")
 
 
-def _taking(request: WireRequest, now: float) -> Free[Endpoint]:
-    """Whether an endpoint can take this request now; of most nothing but the model and its
-    capacity has to be asked."""
-    model, tokens = request.model, request.tokens
+class _Room:
+    """Where a request can go now, for all that is known; of most endpoints nothing has to be asked
+    but their models and capacity."""
 
-    def takes(endpoint: Endpoint) -> bool:
-        if not endpoint.is_plain:
-            return (
-                endpoint.serves(model, now)
-                and endpoint.is_open(now)
-                and endpoint.has_room(now, tokens)
-            )
-        models = endpoint.models
+    __slots__ = ("_model", "_now", "_tokens", "_without")
+
+    def __init__(self, request: WireRequest, now: float, *, without: Container[str] = ()) -> None:
+        self._model = request.model
+        self._tokens = request.tokens
+        self._now = now
+        self._without = without
+
+    def at(self, endpoint: Endpoint) -> bool:
+        if not endpoint.is_plain or self._without:
+            return self._at_special(endpoint)
+        models, model = endpoint.models, self._model
         return endpoint.in_flight < endpoint.limit.capacity and (
             models is None or model is None or model in models
         )
 
-    return takes
+    def among(self, endpoints: Iterable[Endpoint]) -> list[Endpoint]:
+        if self._without:
+            return [*filter(self._at_special, endpoints)]
+        model = self._model
+        # The same as in ``at``, which takes twice as long for many.
+        return [
+            each
+            for each in endpoints
+            if (
+                each.in_flight < each.limit.capacity
+                and (each.models is None or model is None or model in each.models)
+                if each.is_plain
+                else self._at_special(each)
+            )
+        ]
+
+    def _at_special(self, endpoint: Endpoint) -> bool:
+        return (
+            endpoint.id not in self._without
+            and endpoint.serves(self._model, self._now)
+            and endpoint.is_open(self._now)
+            and endpoint.has_room(self._now, self._tokens)
+        )
+
+
+class _RoomAt:
+    """Endpoints that were found to have room."""
+
+    __slots__ = ("_endpoints",)
+
+    def __init__(self, endpoints: set[Endpoint]) -> None:
+        self._endpoints = endpoints
+
+    def at(self, endpoint: Endpoint) -> bool:
+        return endpoint in self._endpoints
+
+    def among(self, endpoints: Iterable[Endpoint]) -> list[Endpoint]:
+        return [each for each in endpoints if each in self._endpoints]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from itertools import islice
 
 from vllm_unified.fleet.candidates import (
     ENOUGH,
     C,
     Candidate,
-    Free,
     Random,
+    Room,
     Route,
 )
 
@@ -32,14 +33,14 @@ class RoundRobin:
         """Places of the members, the one that was chosen longest ago first."""
 
     def choose(
-        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
+        self, members: Sequence[C], room: Room[C], route: Route, now: float, random: Random
     ) -> C | None:
         """Those never chosen come first."""
         if members is not self._members:
             self._line_up(members, random)
         for place in self._queue:
             chosen = members[place]
-            if free(chosen):
+            if room.at(chosen):
                 self._queue.move_to_end(place)
                 self._choices += 1
                 self._last[chosen.id] = self._choices
@@ -63,8 +64,8 @@ class Weighted:
 
     A server's turns follow each other, and are as long as its weight says. Of those whose turn has
     begun the one is chosen whose turn ends first, so that each stays within about one request of
-    its share. One that is not free when its turn comes is put aside, with what it is behind or
-    ahead, until it is: the others share what comes in the meantime. Of those that are aside, 16 are
+    its share. One that is full when its turn comes is put aside, with what it is behind or ahead,
+    until it has room; the others share what comes in the meantime. Of those that are aside, 16 are
     looked at for each request.
     """
 
@@ -84,18 +85,19 @@ class Weighted:
         self._weight = 0.0
 
     def choose(
-        self, members: Sequence[C], free: Free[C], route: Route, now: float, random: Random
+        self, members: Sequence[C], room: Room[C], route: Route, now: float, random: Random
     ) -> C | None:
         """Of equal ones any."""
         if members is not self._members:
             self._take_in(members, random)
-        self._look_aside(members, free, ENOUGH, random)
-        place = self._next(members, free)
+        others = len(self._aside) - ENOUGH
+        self._look_aside(members, room, ENOUGH, random)
+        place = self._next(members, room)
+        if place is None and others > 0:
+            self._look_aside(members, room, others, random)
+            place = self._next(members, room)
         if place is None:
-            self._look_aside(members, free, len(members), random)
-            place = self._next(members, free)
-            if place is None:
-                return None
+            return None
         chosen = members[place]
         self._time += 1 / self._weight
         self._begins[place] += 1 / chosen.weight
@@ -107,14 +109,14 @@ class Weighted:
         self._leave()
         self._behind.pop(endpoint_id, None)
 
-    def _next(self, members: Sequence[C], free: Free[C]) -> int | None:
+    def _next(self, members: Sequence[C], room: Room[C]) -> int | None:
         coming, begun = self._coming, self._begun
         while coming or begun:
             while coming and coming[0][0] <= self._time + _ROUNDING:
                 begin, tie, place = heappop(coming)
                 heappush(begun, (begin + 1 / members[place].weight, tie, place))
             _, _, place = heappop(begun or coming)
-            if free(members[place]):
+            if room.at(members[place]):
                 return place
             self._put_aside(members[place], place)
         return None
@@ -124,10 +126,16 @@ class Weighted:
         self._weight -= member.weight
         self._aside.append(place)
 
-    def _look_aside(self, members: Sequence[C], free: Free[C], most: int, random: Random) -> None:
-        for _ in range(min(most, len(self._aside))):
-            place = self._aside.popleft()
-            if free(members[place]):
+    def _look_aside(self, members: Sequence[C], room: Room[C], most: int, random: Random) -> None:
+        if not self._aside:
+            return
+        places = [*islice(self._aside, most)]
+        if not room.among([members[place] for place in places]):
+            self._aside.rotate(-len(places))
+            return
+        for place in places:
+            self._aside.popleft()
+            if room.at(members[place]):
                 self._begin(members[place], place, random)
             else:
                 self._aside.append(place)
