@@ -522,6 +522,38 @@ class TestDepartures:
         await asyncio.sleep(0.05)
         assert len(server.requests) == 1
 
+    async def test_one_that_cannot_be_written_keeps_no_other_from_it(
+        self, transport: HttpTransport, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        server.always(OK)
+        await asyncio.gather(*(body_of(transport, server) for _ in range(2)))
+        send, broken = connection.Connection.send, []
+
+        class Closed:
+            def __init__(self, inner: Any) -> None:
+                self.abort = inner.abort
+
+            def is_closing(self) -> bool:
+                return False
+
+            def write(self, data: bytes) -> None:
+                raise RuntimeError("the handler is closed")
+
+        def breaking(self: Any, *request: Any) -> Any:
+            if not broken:
+                broken.append(self)
+                self._transport = Closed(self._transport)
+            return send(self, *request)
+
+        monkeypatch.setattr(connection.Connection, "send", breaking)
+
+        first, second = await asyncio.gather(
+            *(body_of(transport, server) for _ in range(2)), return_exceptions=True
+        )
+
+        assert isinstance(first, ConnectionLostError)
+        assert second == b"fine"
+
     async def test_one_whose_connection_ends_before_it_leaves_is_told(
         self, transport: HttpTransport, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:

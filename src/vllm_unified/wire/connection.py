@@ -252,10 +252,14 @@ class Connection(asyncio.Protocol):
     def depart(self) -> None:
         """Send what was taken, if it is still wanted."""
         unsent, self._unsent = self._unsent, ()
-        transport = self._transport
-        if self._response is not None and transport is not None and not transport.is_closing():
+        response, transport = self._response, self._transport
+        if response is None or transport is None or transport.is_closing():
+            return
+        try:
             for data in unsent:
                 transport.write(data)
+        except (OSError, RuntimeError) as error:  # uvloop's, of a transport that is just closed
+            self.fail(*_loss(error, response))
 
     def is_usable(self, now: float, longest: float) -> bool:
         """Whether a request can be sent; it cannot if it was idle for ``longest`` seconds."""
