@@ -72,16 +72,19 @@ class Templates:
         Raises:
             BadRequestError, ConfigurationError: as without a template.
         """
-        values = params.values()
-        # 1, 1.0 and True are equal, and not the same in JSON. What can change is not remembered.
-        types = tuple(map(type, values))
-        if not _PLAIN.issuperset(types) or "prompt" in params:
+        # 1, 1.0 and True are equal, and not the same in JSON.
+        types = [*map(type, params.values())]
+        key = (where, name, model, response_model, *params.items(), *types)
+        try:
+            template = self._known.get(key)
+        except TypeError:  # a list, or a dict
             return None
-        if response_model is not None and not isinstance(response_model, type):
-            return None
-        key = (where, name, model, response_model, *params, *values, *types)
-        template = self._known.get(key)
         if template is None:
+            # What can change is not remembered.
+            if not _PLAIN.issuperset(types) or "prompt" in params:
+                return None
+            if response_model is not None and not isinstance(response_model, type):
+                return None
             if key not in self._known:
                 if len(self._known) >= _MOST:
                     self._known.clear()

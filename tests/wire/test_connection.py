@@ -527,7 +527,8 @@ class TestDepartures:
     ) -> None:
         server.always(OK)
         await asyncio.gather(*(body_of(transport, server) for _ in range(2)))
-        send, broken = connection.Connection.send, []
+        send = connection.Connection.send
+        broken: list[Any] = []
 
         class Closed:
             def __init__(self, inner: Any) -> None:

@@ -265,7 +265,7 @@ class Fleet:
         if self._monitor is not None and not self._is_watched:
             self._is_watched = True
             self._monitor.watch(self._router.endpoints)
-        self.budget.deposit(time.monotonic())
+        self.budget.deposit(call.started)
         endpoints = self._router.endpoints
         if len(endpoints) == 1:
             call.meant_for = endpoints[0].url

@@ -195,7 +195,9 @@ def _lines(headers: Mapping[str, str]) -> str:
     Raises:
         ConfigurationError: a header has a line break in it.
     """
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    lines = ""
+    for name, value in headers.items():
+        lines += f"{name}: {value}\r\n"
     if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
         raise ConfigurationError("a header has a line break in it, and cannot be sent")
     return lines
