@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from math import ceil, nan
 from random import Random
 from typing import Any, Generic
@@ -66,7 +66,7 @@ class RoomBut(Generic[C]):
     def at(self, candidate: C) -> bool:
         return candidate.id not in self._full
 
-    def among(self, candidates: Iterable[C]) -> list[C]:
+    def among(self, candidates: Sequence[C]) -> list[C]:
         return [*filter(self.at, candidates)]
 
 

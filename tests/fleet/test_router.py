@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,10 +127,33 @@ async def test_one_with_room_is_found_among_the_full(strategy: str) -> None:
     assert {each.id for each in found} == {each.id for each in roomy}
 
 
+@all_strategies
+async def test_the_only_one_with_room_is_found_without_a_look_at_the_others(
+    strategy: str, looks: Looks
+) -> None:
+    async with AsyncVllmUnified() as vllm:
+        router = router_of(vllm, strategy)
+        fill(*router.endpoints)
+        found, seen = [], []
+        for place in (3, 200, 77):
+            roomy = router.endpoints[place]
+            roomy.in_flight -= 1
+            looks.count = 0
+            slot = router.take(call(), 0.0, roomy)
+            seen.append(looks.count)
+            assert slot is not None
+            found.append(slot.endpoint is roomy)
+        for each in router.endpoints:
+            each.in_flight = 0
+    assert found == [True] * 3
+    assert max(seen) < 10
+
+
 @pytest.mark.parametrize(
     ("strategy", "fewest"), [("least_loaded", 6), ("power_of_two", 2), ("latency", 6)]
 )
 async def test_the_requests_are_spread_evenly(strategy: str, fewest: int) -> None:
+    random.seed(1)
     async with AsyncVllmUnified() as vllm:
         router = router_of(vllm, strategy)
         slots = [take(router, call()) for _ in range(10 * MEMBERS)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -66,8 +66,8 @@ class Room(Protocol[C]):
     def at(self, candidate: C) -> bool:
         """Whether this one may take it."""
 
-    def among(self, candidates: Iterable[C]) -> list[C]:
-        """Those that may take it."""
+    def among(self, candidates: Sequence[C]) -> list[C]:
+        """Those that may take it, in any order."""
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -127,20 +127,26 @@ class Line:
             now = time.monotonic()
             queues = self._queues.items()
             for model, queue in sorted(queues, key=_rank) if len(queues) > 1 else list(queues):
-                if self._serve_next(model, queue, now):
+                if self._serve_next(model, queue, now, at):
                     break
             else:
                 self._set_alarm(now)
                 return
 
-    def _serve_next(self, model: str | None, queue: RequestQueue[_Waiter], now: float) -> bool:
+    def _serve_next(
+        self,
+        model: str | None,
+        queue: RequestQueue[_Waiter],
+        now: float,
+        at: Endpoint | None,
+    ) -> bool:
         """Whether the next in this queue is served, or turned away."""
         waiter = queue.peek()
         if waiter.turn.done():  # cancelled in this turn of the loop, and still in line
             self._next(model, queue)
             return True
         try:
-            slot = self._router.take(waiter.call, now)
+            slot = self._router.take(waiter.call, now, at)
         except VllmError as error:
             self._next(model, queue)
             waiter.turn.set_exception(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Sequence
 from random import random
 
 from vllm_unified.endpoints.call import Call
@@ -41,18 +41,24 @@ class Router:
         self._strategy.forget(endpoint.id)
         self._next_trial.pop(endpoint.id, None)
 
-    def take(self, call: Call, now: float) -> Slot | None:
+    def take(self, call: Call, now: float, at: Endpoint | None = None) -> Slot | None:
         """A slot for the call's next attempt, as the strategy chooses; ``None``: it has to wait.
+
+        Args:
+            at: Who alone has room, if it has; to be found sooner.
 
         Raises:
             CircuitOpenError: all endpoints are shut out, and no trial is due.
             ConfigurationError: there is none.
         """
         chosen, request = None, call.request
-        if call.tried:
+        room: Room[Endpoint] = _Room(request, now)
+        if at is not None and room.at(at):
+            room = _RoomAt({at})
+        elif call.tried:
             chosen = self._choose(call, _Room(request, now, without=call.tried), now)
         if chosen is None:
-            chosen = self._choose(call, _Room(request, now), now) or self._last_resort(call, now)
+            chosen = self._choose(call, room, now) or self._last_resort(call, now)
         return None if chosen is None else Slot(chosen, now, tokens=request.tokens)
 
     def take_elsewhere(self, call: Call, now: float) -> Slot | None:
@@ -156,7 +162,7 @@ class _Room:
             models is None or model is None or model in models
         )
 
-    def among(self, endpoints: Iterable[Endpoint]) -> list[Endpoint]:
+    def among(self, endpoints: Sequence[Endpoint]) -> list[Endpoint]:
         if self._without:
             return [*filter(self._at_special, endpoints)]
         model = self._model
@@ -192,5 +198,5 @@ class _RoomAt:
     def at(self, endpoint: Endpoint) -> bool:
         return endpoint in self._endpoints
 
-    def among(self, endpoints: Iterable[Endpoint]) -> list[Endpoint]:
-        return [each for each in endpoints if each in self._endpoints]
+    def among(self, endpoints: Sequence[Endpoint]) -> list[Endpoint]:
+        return [each for each in self._endpoints if each in endpoints]
