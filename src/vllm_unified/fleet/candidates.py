@@ -67,7 +67,7 @@ class Room(Protocol[C]):
         """Whether this one may take it."""
 
     def among(self, candidates: Sequence[C]) -> list[C]:
-        """Those that may take it, in any order."""
+        """Those that may take it, in the order of the members."""
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True, gc=False):

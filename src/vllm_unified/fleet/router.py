@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from random import random
 
 from vllm_unified.endpoints.call import Call
@@ -54,7 +54,7 @@ class Router:
         chosen, request = None, call.request
         room: Room[Endpoint] = _Room(request, now)
         if at is not None and room.at(at):
-            room = _RoomAt({at})
+            room = _RoomAt([at])
         elif call.tried:
             chosen = self._choose(call, _Room(request, now, without=call.tried), now)
         if chosen is None:
@@ -64,11 +64,11 @@ class Router:
     def take_elsewhere(self, call: Call, now: float) -> Slot | None:
         """A slot where the call is not and was not, if there is one now."""
         tokens = call.request.tokens
-        others = {
+        others = [
             each
             for each in self._elsewhere(call, now)
             if each is not call.endpoint and each.has_room(now, tokens)
-        }
+        ]
         chosen = self._choose(call, _RoomAt(others), now) if others else None
         return None if chosen is None else Slot(chosen, now, tokens=tokens)
 
@@ -192,8 +192,9 @@ class _RoomAt:
 
     __slots__ = ("_endpoints",)
 
-    def __init__(self, endpoints: set[Endpoint]) -> None:
-        self._endpoints = endpoints
+    def __init__(self, endpoints: Iterable[Endpoint]) -> None:
+        self._endpoints = dict.fromkeys(endpoints)
+        """In their order."""
 
     def at(self, endpoint: Endpoint) -> bool:
         return endpoint in self._endpoints
