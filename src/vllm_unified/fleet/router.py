@@ -110,7 +110,7 @@ class Router:
         available = [each for each in serving if each.is_open(now)]
         if not available:
             return self._least_bad(serving, now)
-        roomy = {each for each in available if each.has_room(now, tokens)}
+        roomy = [each for each in available if each.has_room(now, tokens)]
         return self._choose(call, _RoomAt(roomy), now) if roomy else None
 
     def _serving(self, model: str | None, now: float) -> list[Endpoint]:
