@@ -4,8 +4,8 @@ The transport answers at once, from memory, so that nothing else is measured: CP
 through a fleet, less that of the bare transport with the same decoding. Rounds are interleaved, and
 a figure is the least of them: what others do on the machine only ever adds.
 
-python benchmarks/pipeline.py [endpoints] [at-once] [queue] [streams] [--strategy NAME ...]
-    [--profile]
+python benchmarks/pipeline.py [endpoints] [at-once] [full] [queue] [streams]
+    [--strategy NAME ...] [--profile]
 """
 
 from __future__ import annotations
@@ -153,6 +153,17 @@ async def by_at_once(strategies: list[str]) -> None:
         print(row(name, await least(loads)), flush=True)
 
 
+async def by_full_endpoints(strategies: list[str]) -> None:
+    """A table of strategies and numbers of endpoints that are all full, so that who gives a slot
+    back gives it to who waits."""
+    print("\nThe same with all slots taken, and 1,000 requests in line, by endpoints")
+    for name in strategies:
+        loads = {
+            str(count): (sender(make_fleet(name, count)), 64 * count + 1000) for count in ENDPOINTS
+        }
+        print(row(name, await least(loads)), flush=True)
+
+
 async def by_queued(strategies: list[str]) -> None:
     """A table of numbers of waiting requests, before 1 endpoint and before 16."""
     print("\nThe same with one endpoint (64 slots), and so many requests in line")
@@ -201,6 +212,7 @@ def row(name: str, found: dict[str, float]) -> str:
 TABLES = {
     "endpoints": by_endpoints,
     "at-once": by_at_once,
+    "full": by_full_endpoints,
     "queue": by_queued,
     "streams": by_streams,
 }
