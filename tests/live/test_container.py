@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from tests.support.containers import Podman, podman
+from tests.support.vllm import OWN_SERVERS
 from vllm_unified.errors import (
     ContainerConflictError,
     ContainerEngineError,
@@ -18,9 +19,7 @@ from vllm_unified.errors import (
 )
 from vllm_unified.servers import ContainerServer, ContainerSpec, ServerSpec, find_engine
 
-# They meet no other server: the worker that is through with the shared ones takes them.
-CONTAINERS = pytest.mark.xdist_group("containers")
-pytestmark = [pytest.mark.live, pytest.mark.timeout(900), CONTAINERS]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(900), OWN_SERVERS]
 
 KEY = "sk-container"
 QUESTION = "What is the capital of France?"
