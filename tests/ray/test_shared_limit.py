@@ -49,7 +49,12 @@ def run(
     url = servers.urls[0]
     with VllmUnified(api_url=url, max_concurrent_requests=most) as vllm, watched(url) as peak:
         summary = vllm.run_batch(
-            source, folder / "out.jsonl", prompt="{n}", max_tokens=tokens, ignore_eos=True, ray=address
+            source,
+            folder / "out.jsonl",
+            prompt="{n}",
+            max_tokens=tokens,
+            ignore_eos=True,
+            ray=address,
         )
     assert summary.answered == rows
     return peak.found
