@@ -51,7 +51,7 @@ Send = Callable[[], Awaitable[object]]
 
 class _Response:
     status = 200
-    headers: Mapping[str, str] = {}
+    headers: Mapping[str, str] = {"content-type": "text/event-stream"}
 
     async def packet(self) -> bytes:
         await asyncio.Event().wait()
