@@ -21,12 +21,10 @@ from collections import Counter
 from pathlib import Path
 from types import FrameType
 
+from benchmarks.peers.__main__ import CLIENT_CORE, PORTS, ROOT, SERVER_CORE
 from benchmarks.peers.clients import KINDS
 from benchmarks.peers.load import PROMPT, Window, chats
 
-ROOT = Path(__file__).parents[2]
-PORTS = 17
-SERVER_CORE, CLIENT_CORE = 0, 1
 SECONDS_BEFORE = 1.0
 INTERVAL = 0.001
 TASKS = [name for name, kind in KINDS.items() if not kind.threads]

@@ -115,8 +115,8 @@ class HttpTransport:
 
     def _depart_soon(self, connection: Connection) -> None:
         """Send its request with all others of this turn of the loop. A server that waits for work
-        is woken by the first, and still awake when the others come; woken for each, it costs as
-        much as everything else that is done for a request."""
+        is woken by the first, and still awake when the others come; to wake it for each takes a
+        quarter of a request's time."""
         if not self._departing:
             connection.loop.call_soon(self._depart)
         self._departing.append(connection)
